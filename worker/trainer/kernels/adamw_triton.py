@@ -57,7 +57,7 @@ def _value(cell, FIRST: tl.constexpr):
     return tl.where(cell < 0, 0.0, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep", "rate", "seed", "first_counter"])
 def _adamw(
     W, G, C1, C2, S1, S2, count, keep, beta1, beta2, eps, rate, seed, first_counter,
     LANE: tl.constexpr, QUANTISED: tl.constexpr,
@@ -65,45 +65,42 @@ def _adamw(
     rows: tl.constexpr = LANE // QUANTISED
     row = tl.arange(0, rows)
     column = row[:, None] * QUANTISED + tl.arange(0, QUANTISED)[None, :]
-    words = tl.randint4x(seed, first_counter + tl.program_id(0) * LANE + column)
+    one, two, three, four = tl.randint4x(seed, first_counter + tl.program_id(0) * LANE + column)
     start = tl.program_id(0).to(tl.int64) * (8 * LANE)
-    for half in tl.static_range(2):
-        for word in tl.static_range(4):
-            first = start + (half * 4 + word) * LANE
-            place = first + column
-            inside = place < count
-            scaled = first // QUANTISED + row
-            begun = first + row * QUANTISED < count
-            grad = tl.load(G + place, inside, 0.0).to(tl.float32)
-            code1 = tl.load(C1 + place, inside, 127).to(tl.int32)  # 0: no part of the scale
-            code2 = tl.load(C2 + place, inside, 0).to(tl.int32)
-            # The signed codes: 127 negative ones, the largest first, 0, and 128 positive ones, with 1.
-            value = _value(tl.where(code1 < 127, 126 - code1, code1 - 128), 1)
-            moment1 = tl.where(code1 < 127, -value, value) * tl.load(S1 + scaled, begun, 0.0)[:, None]
-            moment2 = _value(code2 - 1, 2) * tl.load(S2 + scaled, begun, 0.0)[:, None]
-            moment1 = moment1 * beta1 + (1.0 - beta1) * grad
-            moment2 = moment2 * beta2 + (1.0 - beta2) * grad * grad
+    for lane in range(8):  # not unrolled: the code would not fit into the instruction caches
+        first = start + lane * LANE
+        place = first + column
+        inside = place < count
+        scaled = first // QUANTISED + row
+        begun = first + row * QUANTISED < count
+        grad = tl.load(G + place, inside, 0.0).to(tl.float32)
+        code1 = tl.load(C1 + place, inside, 127).to(tl.int32)  # 0: no part of the scale
+        code2 = tl.load(C2 + place, inside, 0).to(tl.int32)
+        # The signed codes: 127 negative ones, the largest first, 0, and 128 positive ones, with 1.
+        value = _value(tl.where(code1 < 127, 126 - code1, code1 - 128), 1)
+        moment1 = tl.where(code1 < 127, -value, value) * tl.load(S1 + scaled, begun, 0.0)[:, None]
+        moment2 = _value(code2 - 1, 2) * tl.load(S2 + scaled, begun, 0.0)[:, None]
+        moment1 = moment1 * beta1 + (1.0 - beta1) * grad
+        moment2 = moment2 * beta2 + (1.0 - beta2) * grad * grad
 
-            exact = tl.load(W + place, inside, 0.0).to(tl.float32) * keep
-            exact -= rate * (moment1 / (tl.sqrt(moment2) + eps))
-            noise = (words[word] >> (16 * half)) & 0xFFFF
-            bits = exact.to(tl.uint32, bitcast=True) + noise.to(tl.uint32, bitcast=True)
-            tl.store(W + place, (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16), inside)
+        exact = tl.load(W + place, inside, 0.0).to(tl.float32) * keep
+        exact -= rate * (moment1 / (tl.sqrt(moment2) + eps))
+        word = tl.where(lane % 4 < 2, tl.where(lane % 4 == 0, one, two), tl.where(lane % 4 == 2, three, four))
+        noise = (word >> (lane // 4 * 16)) & 0xFFFF
+        bits = exact.to(tl.uint32, bitcast=True) + noise.to(tl.uint32, bitcast=True)
+        tl.store(W + place, (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16), inside)
 
-            largest1, largest2 = tl.max(tl.abs(moment1), axis=1), tl.max(moment2, axis=1)
-            tl.store(S1 + scaled, largest1, begun)
-            tl.store(S2 + scaled, largest2, begun)
-            inverse1, inverse2 = 1.0 / tl.maximum(largest1, 1e-37), 1.0 / tl.maximum(largest2, 1e-37)
-            cell1 = _cell(tl.abs(moment1) * inverse1[:, None], 1)
-            # As in bitsandbytes a moment keeps its sign: a small negative one is no 0.
-            negative = 126 - tl.minimum(tl.maximum(cell1, 0), 126)
-            code1 = tl.where(moment1 < 0.0, negative, 128 + cell1)
-            cell2 = _cell(moment2 * inverse2[:, None], 2)
-            tl.store(C1 + place, code1.to(tl.uint8), inside)
-            tl.store(C2 + place, (1 + cell2).to(tl.uint8), inside)
-
-
-_step = triton.jit(_adamw.fn, do_not_specialize=["keep", "rate", "seed", "first_counter"])
+        largest1, largest2 = tl.max(tl.abs(moment1), axis=1), tl.max(moment2, axis=1)
+        tl.store(S1 + scaled, largest1, begun)
+        tl.store(S2 + scaled, largest2, begun)
+        inverse1, inverse2 = 1.0 / tl.maximum(largest1, 1e-37), 1.0 / tl.maximum(largest2, 1e-37)
+        cell1 = _cell(tl.abs(moment1) * inverse1[:, None], 1)
+        # As in bitsandbytes a moment keeps its sign: a small negative one is no 0.
+        negative = 126 - tl.minimum(tl.maximum(cell1, 0), 126)
+        code1 = tl.where(moment1 < 0.0, negative, 128 + cell1)
+        cell2 = _cell(moment2 * inverse2[:, None], 2)
+        tl.store(C1 + place, code1.to(tl.uint8), inside)
+        tl.store(C2 + place, (1 + cell2).to(tl.uint8), inside)
 
 
 def step(
@@ -118,7 +115,7 @@ def step(
     rate = group["lr"] * root / (1 - beta1**number)
     count = weight.numel()
     with torch.cuda.device_of(weight):
-        _step[(triton.cdiv(count, BLOCK),)](
+        _adamw[(triton.cdiv(count, BLOCK),)](
             weight, grad, *moments, count, 1 - group["lr"] * group["weight_decay"], beta1, beta2,
             group["eps"] * root, rate, seed, first // 8, LANE=LANE, QUANTISED=QUANTISED, num_warps=4,
         )  # fmt: skip
