@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_union
 
-from tunery.datasets.report import labels, texts
+from tunery.datasets.report import labels, quotes, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.labels import Task
 from tunery.datasets.report.rows import Row
@@ -31,12 +31,19 @@ _MANY = 10_000
 """Rows from which words alone are enough, and parts of words would only take time."""
 _READ = 1000
 """Characters of a question that are read."""
+_SHOWN = 40
 _ACTION = "Check the row, and correct the label if it is wrong."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Finds rows for which the classifier prefers another label, the most certain first, without contradictions."""
+    """Finds rows whose answer is that of another question, the most certain first, without contradictions: those with
+    values that only the question of another can have, and those for which the classifier prefers another label."""
     named = case.lines_found("contradiction", "wrong_roles", "empty_output", "truncated_output")
+    absent = {line: found for line, found in quotes.missing(case).items() if line not in named}
+    for line, (fraction, value) in sorted(absent.items(), key=lambda item: -item[1][0]):
+        why = f"Has '{value[:_SHOWN]}', which is not in the question, where like answers quote it."
+        yield Finding("mislabelled", [line], fraction, why, _ACTION)
+    named |= absent.keys()
     for task in case.tasks:
         rows = [row for row in case.answered if row.line in task.labels]
         if len(rows) < _LEAST:
