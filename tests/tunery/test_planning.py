@@ -209,7 +209,8 @@ def test_whole_estimates_of_an_8b_model() -> None:
     assert whole(Qlora()) == pytest.approx(7.96, abs=0.05)
     assert whole(Lora()) == pytest.approx(18.21, abs=0.05)
     assert whole(Full()) == pytest.approx(49.13, abs=0.05)
-    assert whole(Lora(use_dora=True)) - whole(Lora()) == pytest.approx(3.2, abs=0.1)
+    # Of it 2,048 x 81,920 x 4 bytes = 0.67 GB: the inputs and outputs of one layer in fp32.
+    assert whole(Lora(use_dora=True)) - whole(Lora()) == pytest.approx(2.53, abs=0.05)
 
 
 def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:
