@@ -34,7 +34,7 @@ def test_a_value_that_is_not_in_its_question_is_named_first() -> None:
 
     assert quotes.missing(case) == {80: (0.5, "rome"), 81: (1.0, "bergen"), 82: (1.0, "9")}
     findings = [(finding.lines, finding.score, finding.why) for finding in mislabels.find(case)]
-    why = "Has '{}', which is not in the question, where like answers quote it."
+    why = "Has '{}', which is not in the question, although similar answers quote the question."
     assert findings[0] == ([81], 1.0, why.format("bergen"))
     assert [lines for lines, _, _ in findings[:3]] == [[81], [82], [80]]
     assert len({line for lines, _, _ in findings for line in lines}) == len(findings)

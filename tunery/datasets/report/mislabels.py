@@ -41,7 +41,7 @@ def find(case: Case) -> Iterator[Finding]:
     named = case.lines_found("contradiction", "wrong_roles", "empty_output", "truncated_output")
     absent = {line: found for line, found in quotes.missing(case).items() if line not in named}
     for line, (fraction, value) in sorted(absent.items(), key=lambda item: -item[1][0]):
-        why = f"Has '{value[:_SHOWN]}', which is not in the question, where like answers quote it."
+        why = f"Has '{value[:_SHOWN]}', which is not in the question, although similar answers quote the question."
         yield Finding("mislabelled", [line], fraction, why, _ACTION)
     named |= absent.keys()
     for task in case.tasks:
