@@ -210,13 +210,16 @@ def main() -> None:
     parser.add_argument("--stages", help="of these alone, comma-separated: memory, throughput, ...")
     parser.add_argument("--shape", choices=["8b"])
     parser.add_argument("--streams", type=int, default=32, help="of --shape")
+    parser.add_argument("--graphs", action="store_true", help="of --shape: with CUDA graphs")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     if asked.shape:
-        stages = {"shape_8b": lambda: serving_shape.measure(asked.streams, asked.tokens, asked.rank)}
-        options = {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank}
+        stages = {
+            "shape_8b": lambda: serving_shape.measure(asked.streams, asked.tokens, asked.rank, graphs=asked.graphs)
+        }
+        options = {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank, "graphs": asked.graphs}
         measure(stages, asked.out, train_side_by_side.hardware() | options)
         return
     if asked.base is None:

@@ -19,6 +19,7 @@ from tunery.storage import Directory
 from worker.server.bank import Bank
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
+from worker.server.decode_graphs import recorder_for
 from worker.server.factors import Factors, Site
 from worker.server.streams import Alone
 from worker.trainer.rope import LengthRope
@@ -44,13 +45,15 @@ def measure(
     config: Any = LLAMA_8B,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """Tokens a second of one stream, MIXED and `streams`, on the base and with an adapter each, and of PEFT's
     `set_adapter`; memory with RESIDENT adapters; seconds until an adapter in local storage can answer."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     bank = Bank(model)
-    batch = Batch(model, bank, CacheMemory(32 * 2**30))
+    batch = Batch(model, bank, CacheMemory(32 * 2**30), recorder=recorder_for(model) if graphs else None)
     base_bytes = _allocated(device)
     adapters = [_adapter(model, rank) for _ in range(RESIDENT)]
     for adapter in adapters:

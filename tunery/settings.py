@@ -68,6 +68,9 @@ class Settings(BaseSettings):
         description="Memory for the keys and values of running answers and of cached prompts. Absent: an eighth of the "
         "device's memory",
     )
+    server_cuda_graphs: bool = Field(
+        False, description="Whether the model server records the steps of its answers as CUDA graphs. Experimental"
+    )
     server_pinned: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Comma-separated ids of models that stay in the model server's memory after their first use"
     )

@@ -16,7 +16,7 @@ import zoo
 from op_recorder import OpRecorder
 from streamed import PROMPTS, greedy, make, read
 
-from worker.server import decode_graphs, factors, lane, slots
+from worker.server import decode_graphs, factors, models, slots
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
 from worker.server.decode_graphs import recorder_for
@@ -30,7 +30,7 @@ TOKENS = 14
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> OpRecorder:
     made = OpRecorder()
-    monkeypatch.setattr(lane, "recorder_for", lambda _model: made)
+    monkeypatch.setattr(models, "recorder_for", lambda _model: lambda: made)
     return made
 
 
@@ -45,7 +45,7 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
 
 def stocked(base: Path, folder: Path, count: int) -> tuple[Base, list[Any]]:
     """A base with adapters."""
-    made = Base(Source(base, None, "cpu", torch.float32), CacheMemory(2**30))
+    made = Base(Source(base, None, "cpu", torch.float32, graphs=True), CacheMemory(2**30))
     return made, [made.lay_on(make(folder / str(seed), base, seed)) for seed in range(count)]
 
 
@@ -65,7 +65,7 @@ def tokens(rows: list[Stream], count: int = TOKENS) -> list[list[int]]:
 @pytest.mark.parametrize("family", ["Llama", "Gemma 2", "Mistral"])
 def test_recorded_answers_are_those_of_passes_alone(family: str, tmp_path: Path, recorder: OpRecorder) -> None:
     model = read(zoo.make(family, tmp_path / "base"))
-    batch = Batch(model)
+    batch = Batch(model, recorder=lambda: recorder)
     rows = [batch.join(prompt) for prompt in PROMPTS[:3]]
     first = tokens(rows, 6)  # type: ignore[arg-type]
     rows.append(batch.join(PROMPTS[0]))  # another number of rows
@@ -82,7 +82,7 @@ def test_recorded_answers_are_those_of_passes_alone(family: str, tmp_path: Path,
 def test_graphs_follow_slots_that_grow(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "_STEP", 8)
     model = read(llama)
-    batch = Batch(model)
+    batch = Batch(model, recorder=lambda: recorder)
     rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
     assert tokens(rows) == [alone(model, one) for one in PROMPTS[:2]]  # type: ignore[arg-type]
     assert recorder.recorded >= 2
@@ -91,7 +91,7 @@ def test_graphs_follow_slots_that_grow(llama: Path, recorder: OpRecorder, monkey
 def test_graphs_follow_slots_that_move(llama: Path, recorder: OpRecorder) -> None:
     """Two rows, three, and two again: as many as when the first graph was recorded, but elsewhere."""
     model = read(llama)
-    batch = Batch(model)
+    batch = Batch(model, recorder=lambda: recorder)
     rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
     first = tokens(rows, 6)  # type: ignore[arg-type]
     batch.join(PROMPTS[2]).close()
@@ -107,7 +107,7 @@ def test_graphs_reach_as_far_as_their_rows(llama: Path, recorder: OpRecorder, mo
     """A long row leaves room, in which a short one grows without a move."""
     monkeypatch.setattr(slots, "_STEP", 8)
     model = read(llama)
-    batch = Batch(model)
+    batch = Batch(model, recorder=lambda: recorder)
     long, short = batch.join(PROMPTS[1]), batch.join(PROMPTS[3])
     said = tokens([short], 1)[0]  # type: ignore[list-item]
     long.close()
@@ -200,7 +200,7 @@ def test_passes_that_cannot_be_recorded_rightly_are_not(
     monkeypatch.setattr(recorder, "record", record)
     model = read(llama)
     with caplog.at_level(logging.WARNING, logger=decode_graphs.__name__):
-        batch = Batch(model)
+        batch = Batch(model, recorder=lambda: recorder)
         rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
         assert tokens(rows) == [alone(model, one) for one in PROMPTS[:2]]  # type: ignore[arg-type]
     assert len(caplog.messages) == 1  # and not tried again
@@ -210,7 +210,7 @@ def test_passes_that_cannot_be_recorded_rightly_are_not(
 def test_few_graphs_are_kept(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graphs, "MOST", 1)
     model = read(llama)
-    batch = Batch(model)
+    batch = Batch(model, recorder=lambda: recorder)
     one = batch.join(PROMPTS[0])
     assert tokens([one], 6)  # type: ignore[list-item]
     other = batch.join(PROMPTS[1])
@@ -227,7 +227,7 @@ def test_a_cpu_records_nothing(llama: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
 def test_a_gpu_replays_graphs_and_answers_as_passes_alone(llama: Path, tmp_path: Path) -> None:
     folders = [make(tmp_path / str(seed), llama, seed, r=rank) for seed, rank in enumerate((8, 8, 64))]
-    base = Base(Source(llama, None, "cuda", torch.float32), CacheMemory(2**30))
+    base = Base(Source(llama, None, "cuda", torch.float32, graphs=True), CacheMemory(2**30))
     laid = [base, *(base.lay_on(folder) for folder in folders)]
     wanted = [answer(one, PROMPTS[1]) for one in laid]
     graphs = base.batch._lanes[0]._graphs  # type: ignore[union-attr]

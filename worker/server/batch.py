@@ -5,6 +5,7 @@ prompt delays neither the running rows nor a short prompt behind it.
 """
 
 from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from threading import Lock
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
+from worker.server.decode_graphs import Recorder
 from worker.server.lane import BY_LAYER, GRAIN, ONE_MASK, Adapters, Lane
 from worker.server.slots import Parts
 from worker.trainer import rope
@@ -106,14 +108,17 @@ class Batch:
         memory: CacheMemory | None = None,
         *,
         long_tokens: int | None = None,
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         """`memory`: for keys and values. One row of each batch runs even if there is none left. `long_tokens`: rows
         longer than this have passes of their own; by default as many as make such a pass the cheaper way.
+        `recorder`: makes what records the passes; None: none is recorded.
         """
         self._model = model
+        self._recorder = recorder
         self._adapters = adapters
         self.memory = memory or CacheMemory(4 * 2**30)
-        self._lanes = {0: Lane(model, adapters)}
+        self._lanes = {0: self._new_lane()}
         self._long_tokens = long_tokens or self._cheaper_alone()
         self._joining: deque[Row] = deque()
         self._numbers = count()
@@ -217,13 +222,16 @@ class Batch:
             if row.reused is None:
                 row.reused = row.fed
 
+    def _new_lane(self) -> Lane:
+        return Lane(self._model, self._adapters, None if self._recorder is None else self._recorder())
+
     def _lane_for(self, row: Row) -> Lane:
         """Returns the lane for rows of this length: each is for rows up to four times as long as the one before."""
         number, length = 0, self._long_tokens
         while len(row.ids) > length:
             number, length = number + 1, 4 * length
         if number not in self._lanes:
-            self._lanes[number] = Lane(self._model, self._adapters)
+            self._lanes[number] = self._new_lane()
         return self._lanes[number]
 
     def _cheaper_alone(self) -> int:

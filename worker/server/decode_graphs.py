@@ -38,11 +38,18 @@ class Recorder(Protocol):
         Raises RuntimeError for work that waits for the device.
         """
 
+    def forget(self) -> None:
+        """Is called once nothing recorded is used any more."""
+
 
 class CudaRecorder:
     """Records CUDA graphs, which share the memory of their intermediate results."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Takes another pool of memory: one that no graph uses is freed, and cannot be used again."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -53,12 +60,12 @@ class CudaRecorder:
         return found, graph.replay
 
 
-def recorder_for(model: Any) -> Recorder | None:
-    """Returns what records the model's passes; None where none can be, or need be."""
+def recorder_for(model: Any) -> Callable[[], Recorder] | None:
+    """Returns what makes a recorder of the model's passes; None where none can be, or need be."""
     config = model.config.get_text_config()
     if model.device.type != "cuda" or any(getattr(config, name, None) for name in _ROUTED):
         return None
-    return CudaRecorder()
+    return CudaRecorder
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class DecodeGraphs:
         """Drops all graphs, with the memory that they hold."""
         self._recorded.clear()
         self._seen.clear()
+        self._recorder.forget()
 
     def _is_due(self, kind: Hashable) -> bool:
         self._seen[kind] = self._seen.pop(kind, 0) + 1
@@ -134,4 +142,4 @@ class DecodeGraphs:
     def _give_up(self, reason: str) -> None:
         log.warning("this model's passes are not recorded as CUDA graphs: %s", reason)
         self._is_broken = True
-        self._recorded.clear()
+        self.clear()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from worker.server.decode_graphs import DecodeGraphs, Recorder, recorder_for
+from worker.server.decode_graphs import DecodeGraphs, Recorder
 from worker.server.slots import Slots
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Lane:
     """The rows, in the order of their slots: first the `running` ones, then those whose prompts are being read."""
 
     def __init__(self, model: Any, adapters: Adapters | None, recorder: Recorder | None = None) -> None:
-        """`recorder`: of passes over one token of each row; by default what suits the model."""
-        recorder = recorder or recorder_for(model)
+        """`recorder`: records passes over one token of each row; None: no pass is recorded."""
         self._graphs = None if recorder is None else DecodeGraphs(recorder)
         self.slots = Slots(model)
         self.rows: list[Row] = []

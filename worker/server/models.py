@@ -21,6 +21,7 @@ from tunery.planning.precision import Precision
 from worker.server.bank import Bank
 from worker.server.batch import Batch, can_batch
 from worker.server.cache_memory import CacheMemory
+from worker.server.decode_graphs import recorder_for
 from worker.server.factors import Factors
 from worker.server.streams import Alone, Stream
 from worker.trainer import rope
@@ -37,12 +38,15 @@ class BrokenAdapter(TuneryError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base is read from and in which precision it is kept. `four_bits`: its quantisation, if it has one."""
+    """Where a base is read from and in which precision it is kept. `four_bits`: its quantisation, if it has one.
+    `graphs`: its passes are recorded as CUDA graphs where they can be.
+    """
 
     folder: Path
     four_bits: Precision | None
     device: str
     dtype: torch.dtype
+    graphs: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +85,8 @@ class Base:
         self.unhooked = shared(self.model)
         self.bank = Bank(self.model)
         self.memory = memory
-        self.batch = Batch(self.model, self.bank, memory) if can_batch(self.model) else None
+        recorder = recorder_for(self.model) if source.graphs else None
+        self.batch = Batch(self.model, self.bank, memory, recorder=recorder) if can_batch(self.model) else None
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """Returns the logits after a prompt."""

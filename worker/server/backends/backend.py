@@ -74,6 +74,7 @@ def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
         memory_bytes=settings.server_memory_bytes,
         cache_bytes=settings.server_cache_bytes,
         pinned=frozenset(settings.server_pinned),
+        graphs=settings.server_cuda_graphs,
     )
 
 

@@ -83,9 +83,11 @@ class Engine:
         memory_bytes: int | None = None,
         cache_bytes: int | None = None,
         pinned: frozenset[str] = frozenset(),
+        graphs: bool = False,
         now: datetime | None = None,
     ) -> None:
-        """`memory_bytes`: for bases and adapters together; by default half of the device's. `now`: the time that chat
+        """`memory_bytes`: for bases and adapters together; by default half of the device's. `graphs`: passes are
+        recorded as CUDA graphs. `now`: the time that chat
         templates see; by default that of each request.
         """
         self._models_dir = models_dir
@@ -94,6 +96,7 @@ class Engine:
         self._dtype: torch.dtype = getattr(torch, dense_dtype(torch.device(device).type))  # the same as in training
         self._qlora_base = qlora_base
         self._streams = streams
+        self._graphs = graphs
         self._residents = Residents(memory_bytes or memory.of(device) // 2, pinned)
         self._cache = CacheMemory(cache_bytes or memory.of(device) // 8)
         self._renderings = Renderings(now)
@@ -142,7 +145,7 @@ class Engine:
         """Returns the model, which is loaded unless it is in memory. Raises as `answer` does."""
         weights = self._folder(chosen.weights)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
-        source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype)
+        source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype, self._graphs)
         key = f"{chosen.weights.manifest_sha256} {source.four_bits}"
         base = self._hold_base(key, chosen.weights, source)
         try:
