@@ -1,6 +1,6 @@
 """The runs that bench/memory.py measures: shapes of bases, and what is trained on them.
 
-On a GPU the kinds come first that no record covers yet, so that a run that is cut off has measured those.
+On a GPU the kinds come first of which there are the fewest records, so that a run that is cut off has measured those.
 """
 
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vo
 _TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
 
 
-def test_kinds_that_no_record_covers_come_first() -> None:
+def test_kinds_of_few_records_come_first() -> None:
     """On one GPU, experts, DoRA, 8-bit moments of adapters, pairs and scorecards are among the first seven."""
     first = list(GPU_KINDS.values())[:7]
     assert all(kind.gpus == 1 for kind in first)

@@ -38,7 +38,12 @@ def test_records_are_of_every_kind() -> None:
     assert {record["technique"]["type"] for record in gpu} == {"full", "lora", "qlora"}
     assert {bool(record["facts"]["tie_word_embeddings"]) for record in gpu} == {True, False}
     assert any(record.get("ranks", 1) > 1 for record in gpu)
-    assert any(record["facts"].get("counts", {}).get("experts") for record in RECORDS)
+    experts = {one["technique"]["type"] for one in gpu if one["facts"].get("counts", {}).get("experts")}
+    assert experts == {"full", "lora"}
+    assert any(record["technique"].get("use_dora") for record in gpu)
+    eight_bits = {record["technique"]["type"] for record in gpu if record.get("optimizer") == "adamw_8bit"}
+    assert eight_bits == {"full", "lora"}
+    assert {"lora pairs", "full pairs", "lora scored", "full scored"} <= {record["name"] for record in gpu}
 
 
 def test_constants_fitted_on_half_hold_on_the_other() -> None:

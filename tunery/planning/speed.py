@@ -258,8 +258,12 @@ def scaled(speed: Speed, record: Workload, work: Workload, device: str = "CPU") 
     )
 
 
-_COSTS = {"cpu": {"dora": 1.25}, "cuda": {"qlora": MFU / QLORA_MFU, "fp8": 1 / _FP8_GAIN, "dora": 1.25}}
-"""What an operation of a technique takes, relative to LoRA and to a full fine-tune; DoRA's on a GPU is assumed."""
+_COSTS = {
+    "cpu": {"qlora": 1.1, "dora": 1.4},
+    "cuda": {"qlora": MFU / QLORA_MFU, "fp8": 1 / _FP8_GAIN, "dora": 1.4},
+}
+"""What an operation of a technique takes, relative to LoRA and to a full fine-tune: on a CPU by
+bench/results/technique_costs_cpu.json; DoRA's on a GPU is assumed to be the same."""
 _FORWARD = ("valid_token", "answer_token", "replay_token", "general_token", "pair_token", "reference_token")
 
 
