@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,45 +38,65 @@ PROMPT, VOCABULARY = 128, 1000
 """Tokens of a prompt, and how many different ones there are."""
 
 
-def measure(
-    streams: int,
-    tokens: int,
-    rank: int,
-    config: Any = LLAMA_8B,
-    device: str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    graphs: bool = False,
-) -> dict[str, Any]:
-    """Tokens a second of one stream, MIXED and `streams`, on the base and with an adapter each, and of PEFT's
-    `set_adapter`; memory with RESIDENT adapters; seconds until an adapter in local storage can answer."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    bank = Bank(model)
-    batch = Batch(model, bank, CacheMemory(32 * 2**30), recorder=recorder_for(model) if graphs else None)
-    base_bytes = _allocated(device)
-    adapters = [_adapter(model, rank) for _ in range(RESIDENT)]
-    for adapter in adapters:
-        bank.add(adapter)
-    counts = {"one": 1, "mixed": MIXED, "many": streams}
-    found = {}
-    for name, count in counts.items():
-        for suffix, laid in (("", None), ("_adapters", adapters)):
-            _write(batch, count, laid, 4)
-            found[name + suffix] = round_(median(_write(batch, count, laid, tokens) for _ in range(ROUNDS)))
-            print(name + suffix, found[name + suffix], flush=True)
-    memory = {"base": base_bytes, "adapter": adapters[0].nbytes, "both": _allocated(device)}
-    over = memory["both"] / (base_bytes + RESIDENT * adapters[0].nbytes) - 1 if base_bytes else None
-    found["switching"] = round_(_switch(model, rank, tokens))
-    return {
-        "tokens_per_second": found,
-        "many_of_one": round_(found["many"] / found["one"]),
-        "many_adapters_of_one": round_(found["many_adapters"] / found["one_adapters"]),
-        "mixed_of_base": round_(found["mixed_adapters"] / found["mixed"]),
-        "mixed_of_switching": round_(found["mixed_adapters"] / found["switching"]),
-        "memory": memory | {"over_base_and_adapters": over and round_(over)},
-        "loading_seconds": _load(model, bank, adapters[0].sites, rank),
-    }
+class Large:
+    """A random model of a large shape with RESIDENT adapters, and what is measured of it."""
+
+    def __init__(
+        self,
+        config: Any = LLAMA_8B,
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        rank: int = 16,
+        graphs: bool = False,
+    ) -> None:
+        with torch.device(device):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        recorder = recorder_for(self.model) if graphs else None
+        self.device, self.rank = device, rank
+        self.bank = Bank(self.model)
+        self.batch = Batch(self.model, self.bank, CacheMemory(32 * 2**30), recorder=recorder)
+        self.base_bytes = _allocated(device)
+        self.adapters = [_adapter(self.model, rank) for _ in range(RESIDENT)]
+        for adapter in self.adapters:
+            self.bank.add(adapter)
+        self.found: dict[str, float] = {}
+
+    def stages(self, streams: int, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+        """What is measured, in this order: the last changes the model."""
+        return {
+            "tokens_per_second": lambda: self.rates(streams, tokens),
+            "memory": self.memory,
+            "loading_seconds": lambda: _load(self.model, self.bank, self.adapters[0].sites, self.rank),
+            "switching": lambda: self.switching(tokens),
+        }
+
+    def rates(self, streams: int, tokens: int) -> dict[str, Any]:
+        """Tokens a second of one stream, MIXED and `streams`, on the base and with an adapter each."""
+        found = self.found
+        for name, count in {"one": 1, "mixed": MIXED, "many": streams}.items():
+            for suffix, laid in (("", None), ("_adapters", self.adapters)):
+                _write(self.batch, count, laid, 4)
+                taken = [_write(self.batch, count, laid, tokens) for _ in range(ROUNDS)]
+                found[name + suffix] = round_(median(taken))
+        return {
+            **found,
+            "many_of_one": round_(found["many"] / found["one"]),
+            "many_adapters_of_one": round_(found["many_adapters"] / found["one_adapters"]),
+            "mixed_of_base": round_(found["mixed_adapters"] / found["mixed"]),
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes allocated with the base alone, and with RESIDENT adapters that have answered."""
+        adapter, both = self.adapters[0].nbytes, _allocated(self.device)
+        over = both / (self.base_bytes + RESIDENT * adapter) - 1 if self.base_bytes else None
+        base = {"base": self.base_bytes, "adapter": adapter, "both": both}
+        return base | {"over_base_and_adapters": over and round_(over)}
+
+    def switching(self, tokens: int) -> dict[str, float]:
+        """Tokens a second of one request after another, each with an adapter of its own by PEFT's `set_adapter`."""
+        rate = _switch(self.model, self.rank, tokens)
+        return {"tokens_per_second": round_(rate), "mixed_of_switching": round_(self.found["mixed_adapters"] / rate)}
 
 
 def _allocated(device: str) -> int:
