@@ -216,9 +216,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     if asked.shape:
-        stages = {
-            "shape_8b": lambda: serving_shape.measure(asked.streams, asked.tokens, asked.rank, graphs=asked.graphs)
-        }
+        stages = serving_shape.Large(rank=asked.rank, graphs=asked.graphs).stages(asked.streams, asked.tokens)
         options = {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank, "graphs": asked.graphs}
         measure(stages, asked.out, train_side_by_side.hardware() | options)
         return
