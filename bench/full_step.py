@@ -2,7 +2,8 @@
 
 `python -m bench.full_step OUT.json [options]`: a random Llama of 1.5 billion weights, made in memory; the same
 micro-batch at every step. Beside Tunery's two precisions stands bitsandbytes' own 8-bit AdamW, which rounds bf16
-weights to nearest. Wants a GPU. `moved`: the share of one layer's weights that the steps changed, at a rate of 2e-5.
+weights to nearest, and stochastic rounding with bitsandbytes' kernel in place of Tunery's own. Wants a GPU.
+`moved`: the share of one layer's weights that the steps changed, at a rate of 2e-5.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from bench.train_rows import rows
 from bench.train_side_by_side import hardware
 from tunery.planning.precision import decide
 from tunery.spec import Full, Plan
-from worker.trainer import adamw
 from worker.trainer.cuda_graphs import forward_backward
 from worker.trainer.data import collate, singles
+from worker.trainer.kernels import adamw
 from worker.trainer.objective import Objective
 from worker.trainer.precision import dtype
 from worker.trainer.recipes.full import FULL
@@ -34,10 +35,11 @@ from worker.trainer.recipes.recipe import groups
 ARMS = {
     "nearest": Full(),
     "stochastic": Full(),
-    "stochastic, one kernel": Full(),
+    "stochastic, bitsandbytes": Full(),
     "fp32 masters": Full(weights_dtype="float32"),
 }
 RATE = 2e-5
+AGREES = adamw.agrees
 
 
 def build(shape: str, kind: torch.dtype, device: torch.device) -> LlamaForCausalLM:
@@ -58,7 +60,8 @@ def build(shape: str, kind: torch.dtype, device: torch.device) -> LlamaForCausal
 def measure(arm: str, a: argparse.Namespace) -> dict[str, Any]:
     """Medians over the steps after the first three."""
     device = torch.device("cuda")
-    technique, adamw.FUSED = ARMS[arm], arm.endswith("one kernel")
+    technique = ARMS[arm]
+    adamw.agrees = (lambda _device: False) if arm == "stochastic, bitsandbytes" else AGREES
     precision = decide(technique, "cuda")
     objective = Objective(FULL.prepare(build(a.shape, dtype(precision.trained), device), technique, None), precision)
     parameters = dict(objective.named_parameters())

@@ -15,7 +15,7 @@ from tunery.planning.precision import Precision, decide
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import checkpoints, loop
 from worker.trainer.adamw import SMALL, StochasticAdamW
-from worker.trainer.kernels import stochastic
+from worker.trainer.kernels import adamw, stochastic
 from worker.trainer.recipes.full import FULL
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
@@ -192,6 +192,53 @@ def test_chunks_and_ranks_round_alike(count: int) -> None:
 
     assert torch.equal(whole, chunked)
     assert torch.equal(whole, other) == (count < SMALL)  # small tensors have fp32 masters and no noise
+
+
+def broken(name: str) -> adamw.Kernel:
+    """The definition with one fault."""
+
+    def kernel(weight: Tensor, grad: Tensor, moments: list[Tensor], number: int, group: Any, *rounding: int) -> None:
+        if name == "sign":
+            grad = -grad
+        if name == "step not counted":
+            number = 1
+        if name == "another noise":
+            rounding = rounding[0] + 1, rounding[1]
+        adamw.plain(weight, grad, moments, number, group, *rounding)
+        if name == "last block's scale":
+            moments[2][-1] *= 1.1
+        if name == "next code":
+            moments[1].copy_((moments[1].int() + 1).clamp(max=255))
+
+    return kernel
+
+
+@pytest.mark.parametrize("fault", ["sign", "step not counted", "another noise", "last block's scale", "next code"])
+def test_kernel_with_a_fault_does_not_compute_the_definition(fault: str) -> None:
+    cpu = torch.device("cpu")
+    assert adamw.computes_the_definition(broken("nothing"), cpu)
+    assert not adamw.computes_the_definition(broken(fault), cpu)
+
+
+def test_definition_takes_the_step_of_adam_and_the_nearest_codes() -> None:
+    weight, grad = weights(1000).detach(), torch.randn(1000).bfloat16() * 1e-3
+    before = weight.float()
+    codes = [torch.zeros(1000, dtype=torch.uint8) for _ in range(2)]
+    scales = [torch.zeros(4) for _ in range(2)]
+    group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+    adamw.plain(weight, grad, [*codes, *scales], 1, group, stochastic.seed_of(0, 1, "weight"), 0)
+
+    # The first step of Adam has the size of the rate; bf16 near 0.06 has steps of 2**-12.
+    assert torch.allclose(weight.float(), before - 1e-2 * grad.float().sign(), rtol=2**-7, atol=1e-4)
+    for moment, table, code, scale in zip(
+        (0.1 * grad.float(), 0.001 * grad.float() ** 2), adamw.tables(torch.device("cpu")), codes, scales, strict=True
+    ):
+        whole = torch.nn.functional.pad(moment, (0, 24)).view(4, 256)
+        assert torch.allclose(scale, whole.abs().amax(1))
+        part = moment / scale.repeat_interleave(256)[:1000]
+        off, least = (table[code.int()] - part).abs(), (table[None] - part[:, None]).abs().amin(1)
+        assert bool((off <= least + 1e-6).all())
 
 
 def test_small_tensors_follow_their_master() -> None:

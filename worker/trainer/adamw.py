@@ -8,13 +8,11 @@ from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
 from worker.trainer import pieces
-from worker.trainer.kernels import stochastic
+from worker.trainer.kernels import adamw, stochastic
 
 QUANTISED = pieces.BLOCK
 SMALL = 4096
 """Smaller tensors (norms, biases) have moments and a master copy in fp32, which costs little memory."""
-FUSED = False
-"""Whether a CUDA device updates moments and weight in one kernel of the trainer's own."""
 CHUNK = 2**24
 """Elements updated at once, so that the updates, in bf16, stay in a GPU's cache between the two kernels."""
 
@@ -22,9 +20,10 @@ CHUNK = 2**24
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW with 8-bit moments (Dettmers et al. 2021, arXiv:2110.02861) and stochastic rounding of bf16 weights.
 
-    bitsandbytes' kernel adds a step to a zeroed tensor instead of the weight, so that no digits are lost, and
-    `stochastic.add` adds it to the weight. Why not its own AdamW8bit: it rounds to nearest, which leaves most weights
-    of a large model unchanged, and waits for the GPU after each tensor.
+    On a GPU one kernel updates moments and weight, if it agrees there with its definition. Elsewhere bitsandbytes'
+    kernel adds a step to a zeroed tensor instead of the weight, so that no digits are lost, and `stochastic.add` adds
+    it to the weight. Why not bitsandbytes' own AdamW8bit: it rounds to nearest, which leaves most weights of a large
+    model unchanged, and waits for the GPU after each tensor.
 
     The rounding is a function of `seed`, the step and the tensor's name. Groups hold named parameters.
     """
@@ -32,7 +31,6 @@ class StochasticAdamW(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, seed: int, chunk: int = CHUNK) -> None:
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
         self._seed, self._chunk = seed, chunk
-        self._codes: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,9 +64,8 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def _room_for_updates(self) -> Tensor:
         """Returns zeros for the largest chunk. Not kept: a step that fails half-way must leave nothing for the next."""
-        large = [p for group in self.param_groups for p in group["params"] if _is_large(p)]
-        if FUSED:
-            large = [p for p in large if not p.is_cuda]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        large = [p for p in parameters if _is_large(p) and not _in_one_kernel(p)]
         size = min(self._chunk, max((p.numel() for p in large), default=0))
         return torch.zeros(size, dtype=torch.bfloat16, device=large[0].device if large else None)
 
@@ -109,7 +106,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         seed = stochastic.seed_of(self._seed, state["step"], place)
         keep = 1 - group["lr"] * group["weight_decay"]
         weight, grad = parameter.view(-1), parameter.grad.reshape(-1)
-        if FUSED and weight.is_cuda:
+        if _in_one_kernel(weight):
             from worker.trainer.kernels import adamw_triton  # without a GPU there is no Triton
 
             moments = _part(state, slice(0, weight.numel()))
@@ -125,22 +122,21 @@ class StochasticAdamW(torch.optim.Optimizer):
         """Adds an Adam step to `update` and updates the moments, with bitsandbytes' kernel."""
         state1, state2, absmax1, absmax2 = moments
         beta1, beta2 = group["betas"]
-        signed, unsigned = self._code_books(update.device)
+        signed, unsigned = adamw.tables(update.device)
         bitsandbytes.optimizer_update_8bit_blockwise(
             "adam", grad, update, state1, state2, beta1, beta2, 0.0, 0.0, group["eps"], step, group["lr"],
             signed, unsigned, absmax1, absmax2,
         )  # fmt: skip
 
-    def _code_books(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the quantisation codes, 256 values each, of the first and of the second moment."""
-        if self._codes is None:
-            self._codes = tuple(bitsandbytes.create_dynamic_map(signed=s).to(device) for s in (True, False))
-        return self._codes
-
 
 def _is_large(parameter: Tensor) -> bool:
     """Whether a parameter is rounded stochastically. Layers that some models keep in fp32 need no rounding."""
     return parameter.dtype == torch.bfloat16 and pieces.whole_size(parameter) >= SMALL
+
+
+def _in_one_kernel(weight: Tensor) -> bool:
+    """Whether one kernel updates a large weight and its moments."""
+    return weight.is_cuda and adamw.agrees(weight.device)
 
 
 def _place(parameter: Tensor, name: str) -> tuple[str, int]:

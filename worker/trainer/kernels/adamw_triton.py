@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.trainer.kernels.adamw import QUANTISED
 from worker.trainer.kernels.stochastic import BLOCK, LANE
-
-QUANTISED = 256
-"""Elements that share a scale."""
 
 
 @triton.jit
@@ -106,10 +104,7 @@ def _adamw(
 def step(
     weight: Tensor, grad: Tensor, moments: list[Tensor], number: int, group: dict[str, Any], seed: int, first: int
 ) -> None:
-    """Does step `number`, from 1, on a flat bf16 weight and its moments: both's codes, then both's scales.
-
-    `seed` and `first`: as in `stochastic.add`.
-    """
+    """Does the same as `adamw.plain`, on contiguous CUDA tensors."""
     beta1, beta2 = group["betas"]
     root = (1 - beta2**number) ** 0.5
     rate = group["lr"] * root / (1 - beta1**number)
