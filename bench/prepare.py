@@ -1,10 +1,11 @@
 """How fast rows are validated and tokenised, and in how much memory:
-`python -m bench.prepare BASE OUT.json [--rows 1000000] [--datasets PYTHON]`.
+`python -m bench.prepare BASE OUT.json [--rows 1000000] [--datasets PYTHON] [--parts validation,trainer]`.
 
 BASE: a folder with SmolLM2's tokenizer.json and chat template. The rows are chats of some 1,200 bytes, no user text
 twice, made of the examples' words. Each part runs in a process of its own: the validation of a job, the trainer's own
 reading, a comparison of every row's ids with those of `tokenizers`, the stages one by one, and with PYTHON, which has
-the package `datasets`, its `map(batched=True, num_proc=2)` doing the tokenisation of the rendered texts alone.
+the package `datasets`, its `map(batched=True, num_proc=2)` doing the tokenisation of the rendered texts alone. Only the
+trainer's part needs torch; the others run with jinja2, psutil, pydantic, tiktoken and tokenizers alone.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 import psutil
 from tokenizers import Tokenizer
 
-from bench import service
+from bench import record
 from tunery.datasets.rules import _judge, check_examples
 from tunery.rows import dialect, preparers
 from tunery.rows.bulk import Judged, encode_rows
@@ -49,7 +50,7 @@ _MAX_LENGTH = 2048
 
 def running_words() -> list[str]:
     """The words of the examples' rows, each as often as it comes."""
-    paths = [*sorted((service.ROOT / "examples").glob("*_train.jsonl")), service.ROOT / "README.md"]
+    paths = [*sorted((record.ROOT / "examples").glob("*_train.jsonl")), record.ROOT / "README.md"]
     return re.findall(r"\S+", "\n".join(path.read_text(encoding="utf-8") for path in paths))
 
 
@@ -255,7 +256,7 @@ def by_datasets(python: str, path: Path, base: Path) -> dict[str, Any]:
 
 def in_a_process(part: str, path: Path, base: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.prepare", str(base), str(path), "--part", part]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=service.ROOT)
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=record.ROOT)
     found: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
     return found
 
@@ -266,7 +267,8 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--datasets")
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--part", choices=PARTS, help="this part alone, on the file of rows OUT")
+    parser.add_argument("--parts", default=",".join(PARTS), help="the parts that run, separated by commas")
     options = parser.parse_args()
     if options.part:  # `out` is the file of rows
         print(json.dumps(measure(options.part, Path(options.out), options.base)))
@@ -276,7 +278,7 @@ def main() -> int:
         path = Path(name) / "rows.jsonl"
         write_rows(path, options.rows)
         found["bytes"] = path.stat().st_size
-        for part in PARTS:
+        for part in options.parts.split(","):
             found[part] = in_a_process(part, path, options.base)
             print(part, found[part], flush=True)
         if options.datasets:
@@ -285,8 +287,8 @@ def main() -> int:
             ratio = found["validation"]["rows_a_second"] / found["datasets_map"]["rows_a_second"]
             found["ratio_to_datasets"] = round(ratio, 2)
     what = "rows of a chat file validated and tokenised, and read by the trainer"
-    service.write(options.out, {"what": what, "goals": GOALS, **found})
-    return 0 if found["comparison"]["unequal"] == 0 else 1
+    record.write(options.out, {"what": what, "goals": GOALS, **found})
+    return 0 if found.get("comparison", {"unequal": 0})["unequal"] == 0 else 1
 
 
 if __name__ == "__main__":

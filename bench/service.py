@@ -1,28 +1,24 @@
-"""What the service's benches share: an embedded stack with SmolLM2 in it, jobs through the API, what they ran on."""
+"""What the service's benches share: an embedded stack with SmolLM2 in it, and jobs through the API."""
 
-import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 
+from bench.record import RESULTS as RESULTS
+from bench.record import ROOT as ROOT
+from bench.record import hardware as hardware
+from bench.record import write as write
 from tunery import db, processes
 from tunery.local import bases
 from tunery.local.stack import Stack
 from tunery.settings import get_settings
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 BASE = "smollm2-135m-instruct"
-PACKAGES = ("torch", "transformers", "peft", "celery", "sqlalchemy", "psycopg", "fastapi", "tunery")
 
 
 @contextmanager
@@ -73,26 +69,3 @@ def submit(client: httpx2.Client, training_file: str, **fields: Any) -> tuple[st
     answer = client.post("/fine_tuning/jobs", json={"model": BASE, "training_file": training_file, **fields})
     seconds = time.monotonic() - began
     return str(answer.raise_for_status().json()["id"]), seconds
-
-
-def hardware() -> dict[str, Any]:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
-        "cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def _cpu() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
-def write(name: str, found: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / name
-    path.write_text(json.dumps(hardware() | found, indent=1) + "\n")
-    print(json.dumps(found, indent=1), f"\nwritten to {path}")
