@@ -43,6 +43,9 @@ class Settings(BaseSettings):
         Path("/var/lib/tunery/models"), description="Folder of this host's base models, one subfolder per manifest"
     )
     runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="Folder of this host's run directories")
+    prepared_fraction: float = Field(
+        0.1, ge=0, le=1, description="Share of the disk for the tokens of files that a worker keeps; 0: none"
+    )
 
     server_url: str = Field("http://127.0.0.1:8001", description="URL of the model server for the API")
     server_backend: str = Field(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 
 from tunery.rows import bulk, encoding, fingerprint, template_files
 from tunery.rows.template import ChatTemplate
+from tunery.settings import get_settings
 from tunery.spec import Columns, Dpo, Supervised
 from worker.trainer import data, prepared
 from worker.trainer.data import Rows
@@ -225,6 +227,19 @@ def test_old_entries_go_and_then_those_used_longest_ago(
     monkeypatch.setattr(prepared, "_most", lambda folder: 100)
     data.read_rows(path, template, 79, kept=kept)
     assert not list(kept.glob("[!.]*")), "it alone is too large, and nothing else fits"
+
+
+@pytest.mark.parametrize(("setting", "is_kept"), [("0", False), ("", True), ("0.5", True)])
+def test_the_setting_says_how_much_is_kept(
+    setting: str, is_kept: bool, kept: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(prepared.SETTING, setting)
+
+    data.read_rows(written(tmp_path / "train.jsonl", ROWS[:12]), ChatTemplate.load(tiny), 80, kept=kept)
+
+    assert bool(list(kept.glob("[!.]*"))) is is_kept
+    fraction = float(setting or get_settings().prepared_fraction)
+    assert prepared._most(kept) == int(shutil.disk_usage(kept).total * fraction)
 
 
 def test_a_full_disk_keeps_nothing_and_trains(

@@ -59,7 +59,8 @@ def test_a_trainer_sees_no_secret_and_only_its_own_gpus() -> None:
     assert seen["NCCL_DEBUG"] == "INFO"
     assert seen["CUDA_VISIBLE_DEVICES"] == "2,5"
     assert SECRETS.keys().isdisjoint(seen)
-    assert environment((), "mark", {"TUNERY_PLUGINS": "toy"})["TUNERY_PLUGINS"] == "toy"
+    for name in ("TUNERY_PLUGINS", "TUNERY_PREPARED_FRACTION"):
+        assert environment((), "mark", {name: "toy"})[name] == "toy"
     assert environment((), "mark", {})["CUDA_VISIBLE_DEVICES"] == ""
 
 

@@ -6,7 +6,7 @@ so that it is removed with the file, and a digest of all that its tokens depend 
     the rows as a `Store` keeps them, some numbers of each row and line, how many there are of each, sha256 of all that
 
 Damaged entries are prepared again. Entries unused for DAYS are removed, as they hold users' text, and the oldest if all
-together exceed FRACTION of the disk.
+together exceed a share of the disk: FRACTION, unless the worker's setting is another.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 NAME = "prepared"
 DAYS = 7
-FRACTION = 0.1
+FRACTION, SETTING = 0.1, "TUNERY_PREPARED_FRACTION"
 _COUNTS = struct.Struct("<6q")
 _SHA256_BYTES = 32
 _PIECE_BYTES = 2**20
@@ -144,7 +144,7 @@ def _tidy(folder: Path, needed: int) -> None:
 
 
 def _most(folder: Path) -> int:
-    return int(shutil.disk_usage(folder).total * FRACTION)
+    return int(shutil.disk_usage(folder).total * float(os.environ.get(SETTING) or FRACTION))
 
 
 def _used(entry: Path) -> float:
