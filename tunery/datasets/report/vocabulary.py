@@ -66,6 +66,7 @@ class Vocabulary:
         self._own = Dictionary(self._all)
         self._final = Counter(words(answer)[-1] for answer in answers if answer.rstrip()[-1:].isalpha())
         self._after: dict[str, Counter[str]] = {}
+        self._longer_after: dict[str, Dictionary] = {}
         for (before, word), count in pairs.items():
             self._after.setdefault(before, Counter())[word] = count
 
@@ -134,8 +135,9 @@ class Vocabulary:
         after = self._after.get(before, Counter())
         mine, near = ([second for first, second in pairwise(some) if first == before] for some in (own, rest))
         same = max(0, after[word] - mine.count(word)) + near.count(word)
-        longer = sum(count for other, count in after.items() if other.startswith(word) and other != word)
-        longer = max(0, longer - _longer(mine, word)) + _longer(near, word)
+        if before not in self._longer_after:
+            self._longer_after[before] = Dictionary(after)
+        longer = max(0, self._longer_after[before].longer(word) - _longer(mine, word)) + _longer(near, word)
         return _log_ratio(longer, same, 0.3), longer > 0 and not same, same > 0
 
     def look_up(self, word: str, is_name: bool) -> list[float]:
