@@ -54,13 +54,15 @@ class Vocabulary:
         self._all: Counter[str] = Counter()
         self._ends: Counter[str] = Counter()
         pairs: Counter[tuple[str, str]] = Counter()
+        read = 0
         for text in all_texts:
             found = words(text)
             self._texts.update(set(found))
             self._all.update(found)
             # Not the end of the whole text, which may be truncated.
             self._ends.update(_ENDING.findall(text.casefold()))
-            if pairs.total() < _MOST_PAIRS:
+            read += len(found)
+            if read < _MOST_PAIRS:
                 pairs.update(pairwise(found))
         self._common = {word for word, _ in self._texts.most_common(_COMMON) if not word.isdigit()}
         self._own = Dictionary(self._all)
