@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     serve_gpu: int | None = Field(
         None, description="GPU of the model server, which is never used for training. Absent: CPU"
     )
+    io_gpu: int | None = Field(
+        None, description="GPU of the I/O workers' baselines, which is never used for training. Absent: CPU"
+    )
 
     gpu_hour_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description='JSON object of the price per hour of one device, by card, as in {"H200": 4.5, "CPU": 0.1}'

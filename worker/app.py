@@ -102,7 +102,7 @@ def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:
         plugins.load(settings.plugins, "worker")
         open_storage(settings)
         if dispatch.TRAIN in str(options.get("queues") or ""):
-            _HERE.devices = devices.found(settings.serve_gpu)
+            _HERE.devices = devices.found(settings.serve_gpu, settings.io_gpu)
     if not options.get("concurrency"):
         conf.worker_concurrency = len(_HERE.devices) or 1
 

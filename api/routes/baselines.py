@@ -23,12 +23,12 @@ router = APIRouter(prefix="/v1/fine_tuning/baselines", tags=["Fine-tuning jobs"]
 
 def _shown(session: Session, settings: Settings, row: Baseline) -> schemas.Baseline:
     shown = schemas.Baseline.of(row, table.rows(session, row, settings), currency=settings.currency)
-    return shown.model_copy(update={"warnings": _warnings(session, row)})
+    return shown.model_copy(update={"warnings": _warnings(session, settings, row)})
 
 
-def _warnings(session: Session, row: Baseline) -> list[str]:
-    """Of one that has not ended: which of its models are too large for where they are asked."""
-    if row.status not in ledger.LIVE:
+def _warnings(session: Session, settings: Settings, row: Baseline) -> list[str]:
+    """Of one that has not ended: which of its models are too large for the CPU, if they are asked there."""
+    if row.status not in ledger.LIVE or settings.io_gpu is not None:
         return []
     order = Order.model_validate(row.order)
     return duration.warnings(order, [session.get_one(Model, id) for id in (row.model, *order.compare)])

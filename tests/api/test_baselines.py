@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from reported import finish, upload
 from teams import BASE, Team
 
-from tunery.baselines import ledger
+from tunery.baselines import duration, ledger
 from tunery.baselines.external import unseal
 from tunery.baselines.model import Baseline
 from tunery.jobs.states import State
@@ -39,6 +39,15 @@ def test_it_is_queued_listed_and_cancelled(team: Team, base: str, database: Data
         assert not ledger.finish(session, first["id"], result={})
     answers = team.http.get(f"{ROUTE}/{second['id']}/answers")
     assert (answers.status_code, answers.json()["error"]["code"]) == (400, "wrong_state")
+
+
+def test_large_models_are_warned_of_where_a_cpu_answers(
+    team: Team, base: str, make_app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duration, "_WARNED", 0)
+    (warning,) = ask(team).json()["warnings"]
+    assert "runs on the CPU of the I/O worker" in warning
+    assert ask(team.on(make_app(io_gpu=0))).json()["warnings"] == []
 
 
 WRONG: list[tuple[dict[str, Any], int, str | None]] = [

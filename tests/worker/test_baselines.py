@@ -26,7 +26,7 @@ from tunery.keys.model import Project
 from tunery.models import imports
 from tunery.models.model import Model
 from tunery.spec import Evaluation, General, Lora
-from worker.io import baselines
+from worker.io import baselines, programs
 from worker.server.backends.embedded import Engine
 from worker.supervisor.drain import Drain
 from worker.trainer import run
@@ -149,6 +149,26 @@ def test_a_worker_lets_go_of_a_baseline_that_is_cancelled(
 def test_a_file_that_cannot_be_asked_fails_with_the_reason(client: TestClient, workshop: Workshop) -> None:
     found = ask(client, workshop, eval_file=workshop.file(b'{"messages": [{"role": "user", "content": "q"}]}\n'))
     assert (found.status, "assistant" in (found.error or "")) == ("failed", True)
+
+
+@pytest.mark.parametrize(("gpu", "visible"), [(None, ""), (1, "1")])
+def test_answers_are_computed_on_the_gpu_that_is_reserved(
+    client: TestClient, workshop: Workshop, monkeypatch: pytest.MonkeyPatch, gpu: int | None, visible: str
+) -> None:
+    plain, seen = programs.run, []
+
+    def run(arguments: list[str], *args: Any, **more: Any) -> str | None:
+        if arguments[0] != "worker.trainer.prompting":
+            return plain(arguments, *args, **more)
+        seen.append(more["variables"]["CUDA_VISIBLE_DEVICES"])
+        return "No further."
+
+    monkeypatch.setattr(programs, "run", run)
+    made = client.post(ROUTE, json={"model": workshop.base_id, "eval_file": workshop.file(lines(EVAL))})
+    assert made.status_code == 200, made.text
+    changed = workshop.settings.model_copy(update={"io_gpu": gpu})
+    assert baselines.measure_next(changed, workshop.storage, Drain())
+    assert seen == [visible]
 
 
 def test_a_worker_that_stops_gives_its_try_back(

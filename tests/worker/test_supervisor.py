@@ -241,6 +241,7 @@ def test_gpus_are_offered_but_for_the_servers_and_those_in_use(
     assert (found[0].name, found[0].memory_bytes) == ("NVIDIA H200", 143771 * 2**20)
     assert [gpu.index for gpu in devices.idle_devices(found)] == [0, 2]
     assert [gpu.index for gpu in devices.found(0)] == [1, 2]
+    assert [gpu.index for gpu in devices.found(0, 1)] == [2], "one serves, and one is of the baselines"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-aaaa")
     assert [gpu.index for gpu in devices.found(None)] == [0, 2]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

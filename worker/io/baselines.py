@@ -28,6 +28,7 @@ from worker.io import external, programs, scores
 from worker.io.claims import take_one
 from worker.supervisor import staging
 from worker.supervisor.drain import Drain
+from worker.supervisor.process import environment
 
 log = logging.getLogger(__name__)
 PROMPT_SECONDS = 1800
@@ -151,6 +152,7 @@ def _models(
         _lay_out(baseline, model, variants, run_dir, settings, storage)
         reason = programs.run(
             ["worker.trainer.prompting", str(run_dir)], folder, watch, what="answering", seconds=MODEL_SECONDS,
+            variables=environment(() if settings.io_gpu is None else (settings.io_gpu,), str(folder)),
             watch=partial(_show, watch, run_dir, number, len(ids)),
         )  # fmt: skip
         if watch.begun:

@@ -42,8 +42,8 @@ def host() -> str:
     return socket.gethostname()
 
 
-def found(serve_gpu: int | None) -> list[Device]:
-    """Returns the devices that may train: the GPUs visible by CUDA_VISIBLE_DEVICES, without the model server's; else
+def found(*reserved: int | None) -> list[Device]:
+    """Returns the devices that may train: the GPUs visible by CUDA_VISIBLE_DEVICES, without the reserved ones; else
     the CPU. A host with GPUs of which none may be used offers nothing, so that no job runs on its CPU unexpectedly.
 
     Raises DriverFails.
@@ -52,7 +52,7 @@ def found(serve_gpu: int | None) -> list[Device]:
     gpus = _gpus() if visible not in _NO_GPU else []
     if not gpus:
         return [Device(None, "CPU", memory_bytes())]
-    usable = [gpu for gpu in gpus if gpu is not None and gpu.index != serve_gpu]
+    usable = [gpu for gpu in gpus if gpu is not None and gpu.index not in reserved]
     offered = [gpu for gpu in usable if _is_visible(gpu, visible)]
     if not offered:
         log.error("none of this host's %d GPUs is used for training: CUDA_VISIBLE_DEVICES is '%s'", len(gpus), visible)
