@@ -1,4 +1,4 @@
-"""A tiny model shared by all tests of the trainer, and an ear for what a run says."""
+"""Fixtures of all tests of the trainer: a tiny model, and a reader of the messages that a run sends."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,12 +10,12 @@ import tiny_models
 import torch
 
 collect_ignore_glob = [] if find_spec("gguf") else ["test_gguf*.py"]
-"""A host that only trains writes no GGUF."""
+"""The gguf package is not installed on a host that only trains."""
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random Llama of two layers with a ChatML template."""
+    """Returns the folder of a random two-layer Llama with a ChatML template."""
     return tiny_models.llama(tmp_path_factory.mktemp("tiny") / "base")
 
 

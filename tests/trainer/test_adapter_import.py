@@ -1,4 +1,4 @@
-"""Adapters that plain PEFT trained are taken as they are, or refused by the name of what cannot be honoured."""
+"""Adapters trained with plain PEFT are imported unchanged, or refused with the name of the unsupported setting."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, base: Path, **settings: Any) -> Path:
-    """An adapter that plain PEFT trained for three steps on the model in `base`."""
+    """Trains an adapter with plain PEFT for three steps on the model in `base`, and returns its folder."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     made = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
     adapted = get_peft_model(model, made)
@@ -47,7 +47,7 @@ def train(folder: Path, base: Path, **settings: Any) -> Path:
 
 
 def order(folder: Path, base: Path, adapter: Path, **asked: Any) -> Path:
-    """An importer's folder, with the files of `adapter` in an archive."""
+    """Makes a folder for the importer, with the files of `adapter` in an archive."""
     folder.mkdir()
     (folder / "base").symlink_to(base)
     with zipfile.ZipFile(folder / "adapter.zip", "w") as archive:

@@ -1,4 +1,4 @@
-"""What the model gets and how its losses add up: order, micro-batches, packing, accumulation."""
+"""Tests the batches of a run and the sums of their losses: order, micro-batches, packing, accumulation."""
 
 from collections.abc import Hashable
 from dataclasses import replace
@@ -97,7 +97,7 @@ def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -
 
 @pytest.mark.parametrize("max_tokens", [10_000, 150], ids=["one micro-batch", "several"])
 def test_packing_changes_no_step(tmp_path: Path, tiny: Path, max_tokens: int) -> None:
-    """A step draws the same rows packed or not; packing happens inside it."""
+    """A step draws the same rows with and without packing, because rows are packed after they are drawn."""
     rows = [chat(i, words=2 + i % 9) for i in range(10)]
     found, cut = [], []
     for packing_asked in (False, True):
@@ -155,7 +155,7 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
 
 
 def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Positions are how the model knows where a row starts: without them rows see their neighbours.
+    # The model recognises the start of a row by its positions: without them, rows would attend to their neighbours.
     forget = data.Batch.__init__
 
     def without_positions(self: Any, *, position_ids: Any, borders: Any, **rest: Any) -> None:
@@ -188,7 +188,7 @@ def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Pat
 
 
 def test_last_short_step_is_the_mean_over_its_own_tokens(tmp_path: Path, tiny: Path) -> None:
-    """10 rows, 4 a step: the third step has 2, and its gradient is theirs, not half of it."""
+    """Of 10 rows, 4 a step, the third step has 2: its gradient is their mean, not half of it."""
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(10)], batch_size=4, learning_rate=1e-9)
     t.stepper.memory = MemoryPlan(1)
     progress = Progress()
@@ -205,7 +205,7 @@ def test_last_short_step_is_the_mean_over_its_own_tokens(tmp_path: Path, tiny: P
 
 
 def test_losses_of_three_steps(tmp_path: Path, tiny: Path) -> None:
-    """Literals: a change of code that is no change of the training must not move them."""
+    """The losses are literals: only a change of the training itself may change them."""
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(12)])
     progress = Progress()
 

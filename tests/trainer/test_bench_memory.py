@@ -1,4 +1,4 @@
-"""The bench of peak memory: which runs it begins with, what it keeps of them, and how it goes on."""
+"""The benchmark of peak memory: the order of its runs, the results that it stores, and how it resumes."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The benches that run the trainer many times: what they choose, what they say of it, and how they go on."""
+"""The benchmarks that run the trainer many times: what they choose, what they report, and how they resume."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A base without a chat template, or with the wrong one, gets the template that its administrator gives."""
+"""An administrator can give a base a chat template if it has none or the wrong one."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_template_that_does_not_fit_is_refused(source: Path, tmp_path: Path, tem
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base from a folder that holds a GGUF file without a template, and a template."""
+    """Returns a base converted from a folder that holds a GGUF file without a template, and a template."""
     pytest.importorskip("gguf", reason="a host that only trains reads no GGUF")
     folder = tmp_path_factory.mktemp("gemma")
     tiny_gguf.gemma3(folder / "source/model.gguf")
@@ -73,7 +73,7 @@ def test_folder_with_a_gguf_and_a_template_becomes_a_base(gemma: Path) -> None:
 
 
 def test_sentencepiece_tokenizer_of_a_gguf_keeps_its_ids(gemma: Path) -> None:
-    """The ids follow from the scores by SentencePiece's own rule: no blank in front, bytes for what has no piece."""
+    """The ids follow from the scores by SentencePiece's rules: no space is added in front, unknown text is bytes."""
     tokenizer = ChatTemplate.load(gemma).tokenizer
     first_byte, first_piece = 7, 263
     ids = {piece: first_piece + place for place, piece in enumerate(tiny_gguf.PIECES)}
@@ -120,7 +120,7 @@ def test_folder_with_several_gguf_files_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gemma_3_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
-    """The ids are those of SentencePiece itself, given the file's pieces and scores."""
+    """The expected ids are those that SentencePiece itself gives with the file's pieces and scores."""
     path = ROOT / ".vendor/gemma3-270m/gemma-3-270m.gguf"
     if not path.exists():
         pytest.skip("Gemma 3 is not fetched: run `make demo BASE=gemma3`")

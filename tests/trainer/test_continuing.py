@@ -1,4 +1,4 @@
-"""Jobs that continue from an adapter: what of the request holds, and what the adapter decides."""
+"""Jobs that continue from an adapter: the request decides the dropout, the adapter its shape."""
 
 from pathlib import Path
 

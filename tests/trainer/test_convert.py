@@ -1,4 +1,4 @@
-"""Bases from folders and GGUF files, and what is refused in one line."""
+"""Converts folders and GGUF files to bases, and refuses unusable ones with one line."""
 
 import json
 import subprocess
@@ -227,7 +227,7 @@ def test_second_copy_of_a_tied_weight_is_left_out(tmp_path: Path) -> None:
 
 
 def test_weights_that_a_model_keeps_in_fp32_stay_as_the_source_has_them(tmp_path: Path) -> None:
-    """A router's biases near 8: in bf16 they are eight times the same and rows go to other experts."""
+    """A router's eight biases lie near 8: in bf16 they would all be equal, and tokens would go to other experts."""
     source = zoo.make("DeepSeek-V3", tmp_path / "source")
 
     convert(str(source), tmp_path / "base")
@@ -239,7 +239,7 @@ def test_weights_that_a_model_keeps_in_fp32_stay_as_the_source_has_them(tmp_path
     assert {tensor.dtype for key, tensor in converted.items() if key != name} == {torch.bfloat16}
     ids = torch.arange(3, 60)[None]
     wanted, found = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (source, tmp_path / "base"))
-    for model in (wanted, found):  # what is left is the rounding of the other weights
+    for model in (wanted, found):  # otherwise the rounding of the other weights would make a difference
         for key, parameter in model.state_dict().items():
             parameter.copy_(parameter if "e_score" in key else parameter.to(torch.bfloat16))
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_command_says_why_in_one_line(tmp_path: Path) -> None:
     )  # fmt: skip
 
     assert done.returncode == EXIT_USER_ERROR
-    *_, line = done.stderr.splitlines()  # libraries say something before it
+    *_, line = done.stderr.splitlines()  # libraries print lines before it
     assert "not a readable GGUF file" in line
 
 
@@ -286,7 +286,7 @@ def test_word_rules_cut_numbers_as_the_models_were_trained() -> None:
 
 
 def test_only_byte_pair_tokenizers_are_cut_by_a_word_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Older GGUF files of SentencePiece models name no rule, and are none the worse for it."""
+    """Older GGUF files of SentencePiece models name no rule, and must still be accepted."""
     cut = []
     monkeypatch.setattr(gguf_files, "word_rule", lambda pre: cut.append(pre))
     monkeypatch.setattr(gguf_files, "_tokenizer_info", lambda _path: ("llama", "gpt-2", set()))
@@ -300,7 +300,7 @@ def test_only_byte_pair_tokenizers_are_cut_by_a_word_rule(tmp_path: Path, monkey
 def test_gguf_whose_tokenizer_is_read_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """As transformers 5.17 reads a SentencePiece one."""
+    """transformers 5.17 reads SentencePiece tokenizers in these ways."""
     path = tiny_gguf.gemma3(tmp_path / "tiny.gguf")
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     model: Any = models.Unigram([("a", -1.0)]) if fault == "unigram" else models.BPE()

@@ -1,4 +1,4 @@
-"""A base by its hub id, from a mirror that HF_ENDPOINT names."""
+"""A base is downloaded by its hub id, from the mirror in HF_ENDPOINT."""
 
 import os
 import subprocess

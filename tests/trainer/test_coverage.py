@@ -1,4 +1,4 @@
-"""The report of which linear weights learn and which are in four bits, on models that are adapted in part."""
+"""The coverage report says which linear weights are trained and which are in four bits."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ SEVEN = [f"mlp.{name}_proj" for name in ("down", "gate", "up")] + [f"self_attn.{
 
 
 def run(folder: Path, base: Path, ear: Ear, technique: Technique) -> tuple[dict[str, Any], Any]:
-    """The report of a run's artifact, and what the run said at its start."""
+    """Returns the coverage report in a run's artifact, and the run's `started` message."""
     assert carry_out(
         lay_out(folder, base, plan(technique=technique), ROWS), MessageWriter(ear.descriptor), StopSignal()
     )
@@ -79,7 +79,7 @@ def test_experts_have_adapters_and_count(tmp_path: Path, family: str) -> None:
 
 
 def test_weights_in_16_bits_beside_those_in_four_are_named() -> None:
-    """What a base with experts would be, were it not refused."""
+    """A base with experts would look like this if it were not refused."""
     kinds = [
         {"kind": "mlp.experts.up", "weights": 80, "learning": 80, "quantised": 0},
         {"kind": "self_attn.q_proj", "weights": 20, "learning": 20, "quantised": 20},
@@ -92,7 +92,7 @@ def test_weights_in_16_bits_beside_those_in_four_are_named() -> None:
 
 @pytest.mark.parametrize("names", ["all-linear", ["q_proj", "up_proj"]])
 def test_vision_tower_gets_no_adapters(names: Any) -> None:
-    """Text never passes it: its adapters would be made, counted and never trained."""
+    """Text never passes through it: its adapters would be created and counted, but never trained."""
     sizes = zoo.SIZE | {"head_dim": 16, "sliding_window": 16}
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Gemma3Config(
@@ -134,7 +134,7 @@ def test_estimate_counts_what_is_made(tmp_path: Path, family: str) -> None:
 
 
 def without(model_info: dict[str, Any]) -> dict[str, Any]:
-    """Returns the model info of a base that an earlier release has added."""
+    """Returns the model info as an earlier release stored it."""
     return {name: value for name, value in model_info.items() if name not in ("counts", "active_experts_size")}
 
 
@@ -151,7 +151,7 @@ def test_four_bits_of_a_base_are_counted_as_they_are_packed(tmp_path: Path, tiny
 def test_snapshot_of_a_run_that_taught_other_weights_is_not_taken(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An earlier release left a model's experts out."""
+    """An earlier release did not train a model's experts."""
     stop_signal = StopSignal()
     folder = lay_out(tmp_path / "run", tiny, plan(batch_size=1), ROWS)
     assert not carry_out(folder, Interrupting(1, stop_signal), stop_signal)

@@ -1,4 +1,4 @@
-"""Preference tuning: its steps beside a few lines of plain torch, its reference, and runs that are broken off."""
+"""Preference tuning: its steps against a few lines of plain torch, its reference, and interrupted runs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from worker.trainer.training import Progress, Training
 
 
 def pair(seed: int) -> dict[str, Any]:
-    """A preference row in OpenAI's spelling, whose answers are of different lengths."""
+    """Returns a preference row in OpenAI's format, with answers of different lengths."""
     question, answer = chat(seed, words=2 + seed % 5)["messages"]
     other = WORDS[(WORDS.index(answer["content"]) + 1 + seed % 3) % len(WORDS)] + " alpha" * (seed % 3)
     return {
@@ -45,7 +45,7 @@ def training(folder: Path, base: Path, method: Dpo | None = None, **changes: Any
 
 
 def log_probabilities(t: Training, example: Example) -> list[torch.Tensor]:
-    """Of the answers, a row at a time, from the model's own logits; summed over their tokens."""
+    """Returns each answer's log-probability, summed over its tokens, from the model's logits of one row at a time."""
     found = []
     for row in example.rows:
         logits = t.objective.causal(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
@@ -55,7 +55,7 @@ def log_probabilities(t: Training, example: Example) -> list[torch.Tensor]:
 
 
 def plain_loss(t: Training, examples: list[Example], start: list[list[float]], method: Dpo) -> torch.Tensor:
-    """The mean over pairs. `start`: the answers' log-probabilities before training."""
+    """Returns the mean loss over pairs. `start`: the answers' log-probabilities before training."""
     losses = []
     beta = method.decided().beta
     assert beta != "auto"
@@ -72,7 +72,7 @@ def plain_loss(t: Training, examples: list[Example], start: list[list[float]], m
 @pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=["padded", "packed"])
 @pytest.mark.parametrize("method", [Dpo(), Dpo(loss="ipo", beta=0.5), Dpo(loss="dpo_norm")], ids=lambda m: m.loss)
 def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, method: Dpo, changes: dict[str, Any]) -> None:
-    """Whatever the micro-batches are: the first step in one, the second in eight, the last of two pairs alone."""
+    """Micro-batches make no difference: the first step is one, the second eight, and the last has only two pairs."""
     t = training(tmp_path / "run", tiny, method, max_grad_norm=1e9, **changes)
     with torch.no_grad():
         start = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples]
@@ -96,7 +96,7 @@ def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, method: Dpo
 
 @pytest.mark.parametrize("method", [Dpo(), Dpo(loss="ipo", beta=0.5), Dpo(loss="dpo_norm")], ids=lambda m: m.loss)
 def test_first_step_knows_no_preference(tmp_path: Path, tiny: Path, method: Dpo) -> None:
-    """Model and reference are the same then, whatever the rows: log 2, and for IPO (1 / 2 beta)^2."""
+    """Model and reference are still equal, so the loss of any rows is log 2, or (1 / 2 beta)^2 for IPO."""
     t = training(tmp_path / "run", tiny, method)
 
     message, _ = _take_step(t, Progress())
@@ -108,7 +108,7 @@ def test_first_step_knows_no_preference(tmp_path: Path, tiny: Path, method: Dpo)
 def test_preferences_are_learned_without_eight_bits(
     tmp_path: Path, tiny: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference is measured with wide products, from which narrow ones differ by more than a step moves."""
+    """8-bit products would differ from those that measured the reference by more than one step changes the model."""
     monkeypatch.setattr(fp8, "LEAST_SIDE", 16)
     monkeypatch.setattr(fp8, "available", lambda _device: True)
     folder = lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4, precision="fp8"), method=Dpo()), PAIRS)
@@ -162,7 +162,7 @@ def test_losses_are_the_recorded_ones(tmp_path: Path, tiny: Path, ear: Ear) -> N
 
 @pytest.mark.parametrize("technique", [Lora(r=4, alpha=8, dropout=0.1), Full()], ids=lambda t: t.type)
 def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, tiny: Path, technique: Lora | Full) -> None:
-    """The reference comes from the snapshot, in a directory where nothing else is left of the first attempt."""
+    """The reference comes from the snapshot: nothing else of the first attempt is in the new directory."""
     rate = {"learning_rate": 1e-2 if isinstance(technique, Lora) else 1e-3}
     settled = plan(method=Dpo(), n_epochs=2, technique=technique, **rate)
     whole = lay_out(tmp_path / "whole", tiny, settled, PAIRS, PAIRS[:3])
@@ -179,7 +179,7 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, tiny: Path, techniqu
 
 
 def test_snapshot_holds_the_reference(tmp_path: Path, tiny: Path) -> None:
-    """An attempt elsewhere has only the snapshot, and its device would not measure the same numbers."""
+    """An attempt on another host has only the snapshot, and its device would measure slightly different numbers."""
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo()), PAIRS, snapshot_seconds=1e-9)
     assert carry_out(folder, MessageWriter(None), StopSignal())
 
@@ -195,7 +195,7 @@ def test_snapshot_holds_the_reference(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_reference_is_that_of_the_start(tmp_path: Path, tiny: Path) -> None:
-    """A later attempt finds the numbers of the first one, though it measures where the weights have moved."""
+    """A later attempt reads the stored reference, because its own weights have already changed."""
     t = training(tmp_path / "run", tiny)
     start = [example.reference for example in t.rows.examples]
     for step in range(1, 4):
@@ -223,7 +223,7 @@ def test_reference_of_other_rows_or_a_damaged_one_is_not_taken(tmp_path: Path, t
 
 
 def test_reference_of_a_tuned_model_is_that_model(tmp_path: Path, tiny: Path) -> None:
-    """First supervised, then by preferences on the same adapter: what it learned is where the second run starts."""
+    """A preference run that continues a supervised adapter has that adapter, not the base, as its reference."""
     first = lay_out(tmp_path / "first", tiny, plan(n_epochs=3), [chat(i) for i in range(10)])
     assert carry_out(first, MessageWriter(None), StopSignal())
     folder = lay_out(tmp_path / "second", tiny, plan(method=Dpo(), n_epochs=3), PAIRS)
@@ -249,7 +249,7 @@ def test_reference_of_a_tuned_model_is_that_model(tmp_path: Path, tiny: Path) ->
 def test_scorecard_counts_pairs_that_each_model_ranks_right(
     tmp_path: Path, tiny: Path, ear: Ear, technique: Lora | Full
 ) -> None:
-    """Beside a count by plain torch: the base's before training, the tuned model's after it."""
+    """The base's count before training and the tuned model's after it equal a count in plain torch."""
     evaluation = Evaluation(test_file="file-test", max_rows=8, general=General(enabled=False))
     rate = 1e-2 if isinstance(technique, Lora) else 1e-3
     asked = plan(method=Dpo(), n_epochs=4, technique=technique, evaluation=evaluation, learning_rate=rate)

@@ -1,4 +1,4 @@
-"""Runs whose frozen products are in eight bits: where they are, what is watched, what is recorded, what is exported."""
+"""Runs with frozen products in eight bits: which layers use them, how they are checked, recorded and exported."""
 
 import json
 import math
@@ -26,7 +26,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def any_size_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the reference on a CPU take part, and the tiny model's layers."""
+    """Allows 8-bit products on a CPU, by their plain reference, and in layers as small as the tiny model's."""
     monkeypatch.setattr(fp8, "LEAST_SIDE", 16)
     monkeypatch.setattr(fp8, "available", lambda _device: True)
 
@@ -84,7 +84,7 @@ def test_comparison_leaves_weights_gradients_and_random_numbers_as_they_are(tmp_
 def test_layer_whose_product_differs_is_given_up_and_stays_so(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weight is changed under its copy in eight bits."""
+    """The layer's weight is changed after its 8-bit copy was made, so the products differ."""
     t = begin(tmp_path / "run", tiny)
     assert t.eight_bits is not None
     monkeypatch.setattr(eight_bits, "EARLY_CHECK", 3)

@@ -1,6 +1,6 @@
-"""However one rank of a run ends, all of them end within 30 seconds, and no process of theirs is left.
+"""Once one rank of a run ends, for any reason, all of them end within 30 seconds and leave no process behind.
 
-Two ranks on a CPU over gloo, with whole copies of the model and in pieces.
+Two ranks on a CPU over gloo, with a replicated and a sharded model.
 """
 
 import os
@@ -21,7 +21,7 @@ from tunery.trainer_protocol import EXIT_PAUSED, Spoken
 Sharding = Literal["replicate", "full_shard"]
 ROWS = [chat(i) for i in range(10)]
 LIMIT = 30.0
-"""Seconds from a run's last step, in which one rank ends, to the end of the last process."""
+"""Longest time, in seconds, from a run's last step, in which one rank ends, to the end of the last process."""
 both = pytest.mark.parametrize("sharding", ["replicate", "full_shard"])
 
 
@@ -31,7 +31,7 @@ def _lay_out(folder: Path, base: Path, sharding: Sharding) -> Path:
 
 
 def _listen(process: subprocess.Popen[bytes], then: Callable[[list[int]], None]) -> tuple[list[Spoken], float]:
-    """What the run said to its end, and when it made its last step. Behind the third, `then` gets the ranks' pids."""
+    """Returns the run's messages and the time of its last step. After step 3, calls `then` with the ranks' pids."""
     said, at = [], 0.0
     for message in heard(process):
         said.append(message)
@@ -43,7 +43,7 @@ def _listen(process: subprocess.Popen[bytes], then: Callable[[list[int]], None])
 
 
 def _check_ended(process: subprocess.Popen[bytes], at: float) -> None:
-    """Asserts that nothing of a run is left, and was not 30 seconds after `at`."""
+    """Asserts that all processes of a run have ended within 30 seconds after `at`."""
     assert left_of(process.pid, at + LIMIT - time.monotonic()) == []
     assert time.monotonic() - at < LIMIT
 
@@ -52,7 +52,7 @@ def _check_ended(process: subprocess.Popen[bytes], at: float) -> None:
 @both
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_stop_together(tmp_path: Path, tiny: Path, sharding: Sharding, rank: int) -> None:
-    """A pause and a worker that is stopped are SIGTERM to rank 0; any other rank takes it for all too."""
+    """A pause and a stopped worker send SIGTERM to rank 0; on any other rank the signal also stops all."""
     folder = _lay_out(tmp_path, tiny, sharding)
 
     with spawned(folder) as process:
@@ -68,7 +68,7 @@ def test_ranks_stop_together(tmp_path: Path, tiny: Path, sharding: Sharding, ran
 @pytest.mark.slow
 @both
 def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Sharding) -> None:
-    """A rank that dies would leave the others waiting for it in a sum, or in a pass, forever."""
+    """Otherwise the others would wait forever for the dead rank, in an all-reduce or a forward pass."""
     folder = _lay_out(tmp_path, tiny, sharding)
 
     with spawned(folder) as process:
@@ -109,7 +109,7 @@ def test_error_of_one_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: S
 
 @pytest.mark.slow
 def test_rank_that_notices_nothing_is_ended_with_a_dead_one(tmp_path: Path, tiny: Path) -> None:
-    """As a rank that exports, or waits for a GPU: no error reaches it when another rank dies."""
+    """A rank that exports or waits for a GPU gets no error when another rank dies."""
     folder = _lay_out(tmp_path, tiny, "replicate")
 
     with spawned(folder, **_faults("0:wait,1:die")) as process:
@@ -123,11 +123,11 @@ def test_rank_that_notices_nothing_is_ended_with_a_dead_one(tmp_path: Path, tiny
 
 @pytest.mark.slow
 def test_rank_that_is_still_starting_ends_with_the_first(tmp_path: Path, tiny: Path) -> None:
-    """It would wait for the first one for as long as ranks wait for each other: hours."""
+    """Otherwise it would wait for the first rank until the timeout of the process group, which is hours."""
     folder = _lay_out(tmp_path, tiny, "replicate")
 
     with spawned(folder) as process:
-        next(heard(process))  # the other rank has just been started, and imports
+        next(heard(process))  # the other rank has just been started and is still importing
         assert len(other_ranks(process.pid)) == 1
         os.kill(process.pid, signal.SIGKILL)
 

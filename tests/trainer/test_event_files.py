@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run: every measurement at its step, read back from the file's own records."""
+"""A run's TensorBoard event file has every measurement at its step, as read back from its records."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from worker.trainer.stop_signal import StopSignal
 
 
 def _events(path: Path) -> Iterator[Any]:
-    """The file's events: each a length, its checksum, the message and its checksum."""
+    """Yields the file's events. A record is a length, its checksum, the message and its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     data = path.read_bytes()

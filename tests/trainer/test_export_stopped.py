@@ -1,4 +1,4 @@
-"""Exports are a part of the run: counted in its estimate, and left when the run is stopped."""
+"""Exports are part of the run: its time estimate includes them, and a stop interrupts them."""
 
 import os
 import signal

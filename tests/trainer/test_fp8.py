@@ -1,4 +1,4 @@
-"""Frozen products in eight bits: against float64 on fresh random inputs, values and gradients, and where they apply."""
+"""Frozen products in eight bits: values and gradients against float64 on random inputs, and where they are used."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def test_rows_are_quantised_by_their_own_largest_number(device: str, width: int)
     assert numbers.dtype == torch.float8_e4m3fn
     wanted, wanted_scales = fp8.plain_quantise_rows(x)
     assert error(scales, wanted_scales) < 1e-6
-    # A last bit of the factor may round a number that lies between two codes to the other one.
+    # A difference in the last bit of the factor may round a number between two codes to the other code.
     assert float((numbers.float() != wanted.float()).float().mean()) < 1e-3
     back = numbers.float() * scales
     assert float((back - x.float()).abs().max(1).values.div(x.float().abs().max(1).values.clamp_min(1e-9)).max()) < 0.04
@@ -66,12 +66,12 @@ def test_rows_that_are_a_view_are_read_by_their_stride(device: str) -> None:
     assert torch.equal(numbers.float(), fp8.quantise_rows(wide[:, 40:136].contiguous())[0].float())
 
 
-# The thread of the backward pass has no CUDA context before the first product that it makes itself.
+# The thread of the backward pass has no CUDA context before its own first product.
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @EACH_DEVICE
 @pytest.mark.parametrize("bias", [False, True])
 def test_product_and_gradients_are_those_of_the_quantised_factors(device: str, bias: bool) -> None:
-    """Against float64 on the very numbers that were quantised: nothing but the product's own rounding is off."""
+    """Against float64 products of the same quantised numbers, only the rounding of the product remains."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = adapted(device, dtype, ((64, 96),), bias)
     layer = model.base_model.model[0]
@@ -100,7 +100,7 @@ def test_product_and_gradients_are_those_of_the_quantised_factors(device: str, b
 
 @EACH_DEVICE
 def test_outlier_channels_do_not_drown_the_others(device: str) -> None:
-    """A thousandfold row of the weight has a scale of its own, so the gradient through the others stays right."""
+    """A weight row of a thousand times the size has its own scale, so the products of the others stay accurate."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layer = nn.Linear(64, 96, bias=False, device=device, dtype=dtype)
     weight = layer.weight.data
@@ -118,7 +118,7 @@ def test_outlier_channels_do_not_drown_the_others(device: str) -> None:
 
 
 def in_four_bits(device: str, shape: tuple[int, int], *, nested: bool, quant_type: str = "nf4") -> Any:
-    """A Linear4bit [out, in] whose numbers are those of its quantised weight."""
+    """Returns a Linear4bit [out, in] with a random weight whose rows differ in scale."""
     layer = bitsandbytes.nn.Linear4bit(
         *reversed(shape), bias=False, compute_dtype=torch.bfloat16, compress_statistics=nested, quant_type=quant_type
     )
@@ -145,7 +145,7 @@ def test_four_bits_are_unpacked_to_the_numbers_that_their_wide_weight_is_quantis
         by_rows, row_scales = fp8.plain_quantise_rows(wanted)
         assert error(scales.view(-1, 1), row_scales) < 1e-6
         assert numbers.shape == wanted.shape
-        # A last bit of the quotient may round a number that lies between two codes to the other one.
+        # A difference in the last bit of the quotient may round a number between two codes to the other code.
         assert float((numbers.float() != by_rows.float()).float().mean()) < 5e-3
         assert error(numbers.float() * scales.view(-1, 1), wanted) < 0.04
 
@@ -169,7 +169,7 @@ def test_four_bits_multiply_as_the_weight_that_they_stand_for_does(device: str) 
 
 @pytest.mark.parametrize(("shape", "quant_type"), [((96, 64), "fp4"), ((96, 96), "nf4"), ((8, 64), "nf4")])
 def test_other_four_bits_stay_as_they_are(shape: tuple[int, int], quant_type: str) -> None:
-    """Another code book; rows that end within a block; a side that the hardware's product does not take."""
+    """Another code book, rows that end within a block, and a side that the hardware cannot multiply stay in 4 bits."""
     assert fp8.pack(in_four_bits("cpu", shape, nested=True, quant_type=quant_type)) is None
 
 
@@ -233,7 +233,7 @@ def test_layers_that_are_given_up_multiply_with_the_weight_as_it_is() -> None:
 def test_watch_compares_both_directions_of_every_kind_of_product(device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = adapted(device, dtype, ((64, 96), (96, 64)))
-    model.base_model.model[1].lora_dropout["default"] = nn.Dropout(0.5)  # whose frozen product stands alone
+    model.base_model.model[1].lora_dropout["default"] = nn.Dropout(0.5)  # so its frozen product is computed alone
     first, second = (model.base_model.model[i].base_layer for i in (0, 1))
     adapters.narrow(model)
     x = torch.randn(48, 64, device=device, dtype=dtype, requires_grad=True)

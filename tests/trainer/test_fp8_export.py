@@ -1,4 +1,4 @@
-"""A model in eight bits is read by transformers as it was written."""
+"""transformers reads an FP8 export exactly as it was written and measured."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ ROWS = [Row(list(range(3, 40)), [-100, *range(4, 40)])]
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Path]:
-    """A model's folder, and the same in eight bits."""
+    """Returns the folders of a model and of its FP8 export."""
     base = tiny_models.llama(tmp_path / "base", bf16=True, initializer_range=0.05)
     fp8.write(base, ROWS, out=tmp_path / "fp8", base_weights_sha256={"model.safetensors": "abc"})
     return base, tmp_path / "fp8"
@@ -64,7 +64,7 @@ def test_record_names_the_base_by_content(written: tuple[Path, Path]) -> None:
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """Eight bits that lose more than they do."""
+    """Makes the FP8 export store each weight multiplied by `factor`."""
     own = fp8.narrow
     monkeypatch.setattr(fp8, "narrow", lambda weight: own(weight * factor))
 

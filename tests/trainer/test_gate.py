@@ -1,4 +1,4 @@
-"""What a gate says of a model, on intervals."""
+"""A gate compares its limits with the confidence intervals of a model's measurements."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_limit_passes_or_fails_only_outside_the_interval(limit: dict[str, floa
 
 
 def test_the_interval_decides() -> None:
-    """The KL is 0.5, between 0.4 and 0.6: 0.55 is no pass."""
+    """The KL is 0.5, with an interval from 0.4 to 0.6, so a limit of 0.55 is inconclusive."""
     assert gate.judge(Gate(max_kl=0.55), WHOLE).status == "inconclusive"
 
 
@@ -94,7 +94,7 @@ def judged(folder: Path, base: Path, ear: Ear, **changes: Any) -> Any:
 
 
 def test_a_run_that_forgets_is_caught(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """Too high a rate, as it spoils a real model: it moves far from its base. A rate of nothing does not."""
+    """Too high a learning rate moves the model far from its base and fails the gate; one near zero passes."""
     demands = Gate(max_kl=0.01)
     spoilt = judged(tmp_path / "spoilt", tiny, ear, gate=demands)
     assert (spoilt.status, spoilt.withheld) == ("failed", True)

@@ -1,4 +1,4 @@
-"""The general benchmark: likelihoods as plain transformers has them, KL and loss as torch has them, the base's own."""
+"""The general benchmark against plain transformers (likelihoods) and plain torch (KL and losses)."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def start(folder: Path, base: Path, **changes: Any) -> Training:
 
 
 def shift(t: Training) -> None:
-    """An adapter that changes the model."""
+    """Makes the adapter's B random, so that it changes the model."""
     for name, parameter in t.parameters.items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)
@@ -50,7 +50,7 @@ def encoded(t: Training, items: Sequence[Item] = ITEMS) -> list[Tokens]:
 
 @torch.no_grad()
 def plain_scores(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[list[float]]:
-    """A choice at a time, from all logits."""
+    """Returns the log-likelihood of each choice, computed one at a time from the full logits."""
     found = []
     for item in items:
         prefix = tokenizer.encode(item.prefix).ids
@@ -106,7 +106,7 @@ FAMILIES = ["Gemma 3", "Bloom", "Phi-3 longrope"]
     "family", [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in zoo.FAMILIES if f not in FAMILIES)]
 )
 def test_every_family_scores_as_plain_transformers_does(tmp_path: Path, family: str) -> None:
-    """Those whose windows, biases of position or frequencies know nothing of branches score a row for each choice."""
+    """Families whose windows, position biases or RoPE cannot keep branches apart score each choice in its own row."""
     base = zoo.make(family, tmp_path / "base")
     t = start(tmp_path / "run", base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -147,7 +147,7 @@ def prompts_of(t: Training, count: int = 3) -> list[Row]:
 
 @torch.no_grad()
 def plain_moves(before: Any, after: Any, rows: Sequence[Row]) -> list[tuple[float, float, float]]:
-    """KL and both losses, summed over a row's labelled tokens, from whole distributions."""
+    """Returns each row's KL and both losses, summed over its labelled tokens, from full distributions."""
     found = []
     for row in rows:
         wanted = torch.tensor(row.labels[1:])
@@ -214,7 +214,7 @@ def run(folder: Path, base: Path, ear: Ear, **changes: Any) -> GeneralScore | No
 
 
 def test_both_techniques_are_measured_against_the_same_base(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """The base is what it was before training, whether its weights were trained or an adapter can be switched off."""
+    """The base is the model before training, even where its own weights are trained and no adapter can be disabled."""
     adapted = run(tmp_path / "lora", tiny, ear, technique=Lora(r=4), n_epochs=4)
     full = run(tmp_path / "full", tiny, ear, technique=Full(), learning_rate=1e-2, n_epochs=4)
 
@@ -234,7 +234,7 @@ def test_both_techniques_are_measured_against_the_same_base(tmp_path: Path, tiny
 def test_a_run_stopped_while_measuring_goes_on(
     tmp_path: Path, tiny: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch, technique: Any
 ) -> None:
-    """The base of a full fine-tune is measured before its snapshot is put in place, and again when it goes on."""
+    """The base of a full fine-tune is measured before the snapshot is loaded, and again when the run resumes."""
     whole = run(tmp_path / "whole", tiny, ear, technique=technique)
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(items=20, prompts=4))
     folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, evaluation=evaluation), ROWS, test=ROWS[:2])

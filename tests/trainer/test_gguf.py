@@ -1,4 +1,4 @@
-"""GGUF files answer in llama.cpp as models do in transformers; what llama.cpp would compute otherwise is refused."""
+"""GGUF exports answer in llama.cpp as the models do in transformers, or are refused if llama.cpp would differ."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def engine() -> Path:
-    """The interpreter that has llama.cpp."""
+    """Returns the Python interpreter that has llama.cpp installed."""
     return other_clients.install("llama-cpp") / "bin" / "python"
 
 
@@ -227,7 +227,7 @@ def test_scores_fall_with_the_merges_of_a_sentencepiece_tokenizer(tmp_path: Path
 
 
 ASCII = range(3, 97)
-"""Of other tokens, stop tokens and halves of characters, llama.cpp's server lists no probabilities."""
+"""Ids of tokens whose probabilities llama.cpp's server lists; it omits stop tokens and parts of characters."""
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "patterns": {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 1, "up_proj": 32}},
@@ -236,7 +236,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def adapted(base: Path, folder: Path, **config: Any) -> Any:
-    """The model in `base` with a random adapter, whose files are in `folder`."""
+    """Returns the model in `base` with a random adapter, and saves the adapter in `folder`."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | config
     made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))

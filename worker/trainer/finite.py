@@ -1,4 +1,4 @@
-"""Ends a run whose loss or weights are not finite: builds the error, logs the rows, and keeps them from being saved."""
+"""Detects NaN or infinite weights before a save, and builds the error that ends a run with such a loss or weight."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def check_weights(t: Training, step: int, rate: float) -> None:
 
 
 def _kept(t: Training, step: int) -> str:
-    """Names the checkpoint that is kept: that of the last epoch which ended before the step."""
+    """Returns a sentence saying which checkpoint is kept: that of the last epoch which ended before the step."""
     last = (step - 1) // t.steps_per_epoch * t.steps_per_epoch
     if last and t.run.public_checkpoints:
         return f"The checkpoint of step {last} is intact and is kept."
