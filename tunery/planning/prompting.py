@@ -1,13 +1,13 @@
-"""Measuring prompts before any training: the orders to a worker, and the scores."""
+"""Schemas for measuring prompts before any training: orders to a worker, and scores."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 MOST_SHOTS = 32
-"""Maximum examples in a prompt: more cost more than they gain, and take a CPU hours to measure."""
+"""Maximum number of examples in a prompt: more cost more than they gain, and a CPU takes hours to measure them."""
 TIMED_ROWS = 20
-"""Rows that are asked again one by one to time them: in a batch each waits for the others."""
+"""Rows sent again one at a time to measure latency; in a batch, a request's time includes the others'."""
 METRICS = ("exact", "label_accuracy", "field_f1", "json_valid", "tool_calls", "tool_names", "chrf", "rouge_l")
 """Metrics that a target may name: those of the scorecard."""
 BINARY_METRICS = frozenset({"exact", "label_accuracy", "json_valid", "tool_calls", "tool_names"})
@@ -22,9 +22,9 @@ class _Part(BaseModel):
 
 
 class ShotsOrder(_Part):
-    """`shots_order.json`: which prompts to make from an eval file's rows.
+    """`shots_order.json`: which few-shot prompts to build for the rows of an eval file.
 
-    `context`: token limit of a prompt with its answer; `max_new_tokens`: that of an answer.
+    `context`: token limit of a prompt with its answer. `max_new_tokens`: token limit of an answer.
     """
 
     shots: Literal["auto"] | list[Shots]
@@ -36,7 +36,7 @@ class ShotsOrder(_Part):
 
 
 class Variant(_Part):
-    """A way to prompt: `shots` examples before each question, the same for all or the nearest to each."""
+    """A prompt format: `shots` examples before each question, either fixed or (`nearest`) the most similar to it."""
 
     shots: int
     nearest: bool = False
@@ -49,7 +49,10 @@ class Variant(_Part):
 
 
 class Prompts(_Part):
-    """`shots.json`: the prompts that were made. `left_out`: number of examples that ask the same as an eval row."""
+    """`shots.json`: the prompts that were built.
+
+    `left_out`: number of examples left out because their question is also in an eval row.
+    """
 
     variants: list[Variant]
     examples: int
@@ -58,9 +61,10 @@ class Prompts(_Part):
 
 
 class AnswerOrder(_Part):
-    """`answer_order.json`: the prompts that a model is to answer. `tuned`: with its adapter.
+    """`answer_order.json`: the prompts that a model is to answer.
 
-    `given`: the answers come from another program and only need scoring.
+    `tuned`: whether the model answers with its adapter. `given`: whether another program has given the answers, which
+    then only need scoring.
     """
 
     variants: list[Variant]
@@ -77,7 +81,7 @@ class Figure(_Part):
 
 
 class PromptScore(_Part):
-    """The scores of a way to prompt a model. `error`: why it could not be measured."""
+    """The scores of a model with one prompt format. `error`: why it could not be measured."""
 
     shots: int
     nearest: bool
