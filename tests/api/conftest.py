@@ -1,4 +1,4 @@
-"""The application on a database of its own, and clients of it: plain and the official one, in process."""
+"""The application on a database of its own, and in-process clients of it: a plain one and the official one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from tunery.models import registry
 
 @pytest.fixture
 def make_app(database: Database) -> Callable[..., FastAPI]:
-    """An application whose settings differ in what is named."""
+    """Makes an application with some settings changed."""
 
     def make(**settings: Any) -> FastAPI:
         return create_app(database.settings.model_copy(update=settings))
@@ -33,7 +33,7 @@ def make_app(database: Database) -> Callable[..., FastAPI]:
 
 @pytest.fixture
 def app(make_app: Callable[..., FastAPI]) -> FastAPI:
-    """Webhooks may go to this machine, where the tests' receivers are."""
+    """The application. It may send webhooks to this machine, where the tests' receivers listen."""
     return make_app(webhook_allow=(ip_network("127.0.0.1/32"),))
 
 
@@ -75,14 +75,14 @@ def base(database: Database) -> str:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Any], str]]:
-    """Puts applications behind real sockets until the test ends."""
+    """Serves applications on real sockets until the test ends."""
     with ExitStack() as stack:
         yield lambda app: stack.enter_context(serving(app))
 
 
 @pytest.fixture
 def server() -> ModelServer:
-    """A model server that keeps what it was sent."""
+    """A stand-in for the model server, which records the requests that it receives."""
     return ModelServer()
 
 
@@ -90,13 +90,13 @@ def server() -> ModelServer:
 def asking(
     server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
 ) -> Team:
-    """The team, its API in front of `server`."""
+    """The team, with its API in front of `server`."""
     return team.on(make_app(server_url=serve(server.app)))
 
 
 @pytest.fixture
 def tuned(team: Team, base: str, database: Database) -> str:
-    """What one of the team's jobs made of `base`."""
+    """The id of a model that one of the team's jobs tuned from `base`."""
     with database.sessions.begin() as session:
         job = rows.job(session, session.get_one(Project, team.id), base_model=base)
         rows.bring(session, job, State.SUCCEEDED)
@@ -105,5 +105,5 @@ def tuned(team: Team, base: str, database: Database) -> str:
 
 @pytest.fixture
 def live(app: FastAPI, serve: Callable[[Any], str]) -> str:
-    """The API's address."""
+    """The address of the API on a real socket."""
     return serve(app)

@@ -1,4 +1,4 @@
-"""Adapters that were trained elsewhere, as they are sent and shown."""
+"""Adapters that were trained elsewhere: how they are uploaded and shown."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def send(team: Team, content: bytes = b"archive", **fields: str) -> Any:
 
 
 def ready(database: Database, name: str) -> None:
-    """As a worker leaves it."""
+    """Marks the model as ready, as a worker does."""
     with database.sessions.begin() as session:
         technique = Lora(r=4, alpha=8, target_modules=["q_proj"])
         model = session.get_one(Model, name)

@@ -1,4 +1,4 @@
-"""A back end of a plug-in answers chats in a real model server, through the API."""
+"""A plug-in's back end answers chats in a real model server, through the API."""
 
 import os
 import signal
@@ -75,7 +75,7 @@ def test_plug_ins_back_end_answers_a_chat(client: OpenAI, address: str) -> None:
 
 
 def test_chat_reads_no_certificates_once_they_are_read(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the event loop tens of milliseconds, in which no stream goes on."""
+    """Reading them blocks the event loop, and so every stream, for tens of milliseconds."""
     asked: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "again"}]
     client.chat.completions.create(model=BASE, messages=asked)
     read: list[object] = []

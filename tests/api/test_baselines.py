@@ -1,4 +1,4 @@
-"""Baselines over HTTP: what is asked for, refused, listed and cancelled; their table and the target."""
+"""Baselines over HTTP: creating, refusing, listing and cancelling them; their table and the target."""
 
 import json
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_worker_that_is_lost_three_times_fails_it(team: Team, base: str, datab
 def measured(
     database: Database, baseline_id: str, scores: dict[int, tuple[float, float]], device: str | None = None
 ) -> None:
-    """Stores what a worker would have found: by shots the share that is exact, and its interval's lower end."""
+    """Stores a worker's results: by number of shots, the share of exact answers and its interval's lower end."""
     found = [
         PromptScore(
             shots=shots,
@@ -161,7 +161,7 @@ def test_a_tune_on_the_same_rows_joins_the_table(team: Team, base: str, database
     [_, row] = team.http.get(f"{ROUTE}/{made['id']}").json()["table"]
     assert (row["way"], row["model"], row["job"], row["score"]) == ("tuned", tuned, job_id, 1.0)
     assert (round(row["low"], 3), row["prompt_tokens"], row["p50_seconds"]) == (0.758, 20.0, None)
-    assert row["verdict"] == "unsure"  # twelve right rows of twelve: the interval begins below 90 %
+    assert row["verdict"] == "unsure"  # with 12 of 12 rows right, the interval still begins below 90 %
     assert (row["cost_per_1000"], row["device"]) == (None, None)  # a job of an earlier release
 
 

@@ -1,4 +1,4 @@
-"""Captured requests: off by default, without personal data, rated and corrected, and made into files to train on."""
+"""Captured requests: off by default, stored without personal data, rated, corrected and made into training files."""
 
 import json
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_streams_calls_and_responses_are_kept_whole(
     server.deltas = [{"content": "hel"}, {"content": "lo"}, {"tool_calls": [{"index": 0, **CALL}]}]
     list(client.chat.completions.create(model=tuned, stream=True, tools=[TOOL], **ASK))
     server.deltas, server.message = [{"content": "x"}], {"content": None, "tool_calls": [CALL]}
-    with database.sessions.begin() as session:  # the stand-in's answers all have one id
+    with database.sessions.begin() as session:  # the stand-in gives every answer the same id
         session.execute(update(CapturedRequest).values(id="first"))
     made = client.responses.create(model=tuned, input="q")
     streamed, whole = captured(database)
@@ -85,7 +85,7 @@ def test_an_answer_that_breaks_off_and_a_text_are_not_kept(
 
 @pytest.fixture
 def kept(asking: Team, tuned: str, database: Database) -> str:
-    """The tuned model; of it five answers are kept: rated good, bad, corrected, unrated, and cut by the limit."""
+    """The tuned model, with five captured answers: rated good, bad, corrected, unrated, and cut at the token limit."""
     post(asking, f"/models/{tuned}/capture")
     with database.sessions.begin() as session:
         for place, (id, reason) in enumerate(

@@ -1,4 +1,4 @@
-"""Chat completions pass through: the model is found here, a server behind a real socket answers."""
+"""Chat completions are passed on: the API finds the model, and a model server on a real socket answers."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Cleaning a file over HTTP: the new file is there at once, and says what it was made of."""
+"""Cleaning a file over HTTP: the new file exists at once, and its lineage says how it was made."""
 
 import pytest
 from cloned_databases import Database

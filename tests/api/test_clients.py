@@ -1,4 +1,4 @@
-"""The newest client and the last one before 3.0, which much running code still has, against a real socket."""
+"""The newest official client and the last one before 3.0, which much code still uses, against a real socket."""
 
 import json
 import os
@@ -30,7 +30,7 @@ OLDER = ROOT / ".vendor/openai-2"
 
 
 def _prepare(session: Session, owner: Project, model: str) -> dict[str, str]:
-    """A job to pause, and one that has made a model and two checkpoints."""
+    """Makes a job to pause, and one with a model and two checkpoints; returns their ids."""
     done = rows.job(session, owner, State.SUCCEEDED, base_model=model)
     for step in (1, 2):
         session.add(

@@ -1,4 +1,4 @@
-"""Comparing models' answers, in front of a model server that keeps what it was sent."""
+"""Comparing models' answers, in front of a model server that records its requests."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Text completions by the official client, in front of a model server that keeps what it was sent."""
+"""Text completions through the official client, in front of a model server that records its requests."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +44,7 @@ def test_several_prompts_are_answered_in_order(client: OpenAI, server: ModelServ
 
 
 def test_streams_of_several_prompts_follow_each_other(asking: Team) -> None:
-    # Not strict: OpenAI's own chunks have a null `finish_reason` too, which the client's type does not know.
+    # Not strict: OpenAI's own chunks have a null `finish_reason` too, which the client's type does not allow.
     chunks = list(asking.openai().completions.create(model=BASE, prompt=["one", "two"], stream=True))
     assert [(chunk.choices[0].index, chunk.choices[0].text) for chunk in chunks] == [
         (0, "hel"), (0, "lo"), (1, "hel"), (1, "lo"),

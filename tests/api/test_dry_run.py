@@ -1,4 +1,4 @@
-"""A job that is only tried: its numbers, its memory, its faults, and not a row more in any table."""
+"""Dry runs of jobs: their numbers, memory and errors; they add no row to any table."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def test_nothing_is_stored_and_every_auto_is_a_number(
     assert (found.quote.device, found.quote.speed_from, found.quote.tokens_from) == ("T4", "estimated", "bytes")
     assert found.quote.cost is not None
     assert found.quote.seconds.low < found.quote.seconds.expected < found.quote.seconds.high
-    assert found.expected is None  # no GPU has come
+    assert found.expected is None  # no worker has registered a GPU
     assert {card.verdict for card in found.cards} == {"fits"}
     assert found.preview == f"/v1/files/{file_id}/preview?model={ALIAS}&max_tokens=2048"
     assert any("12 examples are few" in text for text in found.warnings)
@@ -93,7 +93,7 @@ def test_what_would_fail_says_so(team: Team, base: str, database: Database, tmp_
         leases.show_device(session, card)
     large = tried(technique=Full().model_dump())
     assert (large["status"], large["memory"], large["expected"]) == ("failed", {}, None)
-    assert large["cards"][0]["verdict"] == "fits"  # a known card would do
+    assert large["cards"][0]["verdict"] == "fits"  # a known card would hold it
     assert "GPU" in large["error"]["message"]
     with database.sessions.begin() as session:
         card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="a card", memory_bytes=8 * 2**30, bf16=True)

@@ -1,4 +1,4 @@
-"""The commands that a model's page and its README show, run word for word by the programs that they name."""
+"""The commands that a model's page and README show, run verbatim with the programs that they name."""
 
 import os
 import re
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a model that has learned one answer, and to end it with a token that its base does not end with."""
+    """A run's folder. Its model learned one answer, and to end it with a token that ends no answer of its base."""
     folder = tmp_path_factory.mktemp("trained")
     base = tiny_models.llama(folder / "base", bf16=True, eos_token_id=0, initializer_range=0.05, **SHAPE)
     tiny_models.with_a_merge(base)
@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Shown:
-    """A model's commands, and the folder in which they are run. `programs`: those of `tunery` and the engines."""
+    """A model's commands, and the folder in which they run. `programs`: a folder on the PATH, for the engines."""
 
     folder: Path
     programs: Path
@@ -65,7 +65,7 @@ class Shown:
     commands: dict[tuple[str, str], str]
 
     def run(self, engine: str, files: str = "") -> str:
-        """What a command prints."""
+        """Runs a command and returns what it prints."""
         ran = subprocess.run(
             ["bash", "-c", self.commands[engine, files]],
             cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False,
@@ -74,7 +74,7 @@ class Shown:
         return ran.stdout.strip()
 
     def chat(self, files: str) -> str:
-        """What the llama.cpp server that a command starts answers to a greeting."""
+        """Starts llama.cpp's server by a command and returns its answer to a greeting."""
         command = ["bash", "-c", f"exec {self.commands['llama.cpp', files]}"]
         log = self.folder / "llama.log"
         with llama_cpp.listening(command, log, cwd=self.folder, env=self.environment) as address:
@@ -82,7 +82,7 @@ class Shown:
 
 
 def said_at(address: str, **more: Any) -> str:
-    """What an OpenAI-compatible server answers to a greeting."""
+    """An OpenAI-compatible server's answer to a greeting."""
     asked: Any = {"messages": ROW["messages"][:1], "temperature": 0, "max_tokens": 64, **more}
     found = httpx2.post(f"{address}/v1/chat/completions", json=asked, trust_env=False, timeout=120).raise_for_status()
     choice = found.json()["choices"][0]
@@ -92,7 +92,7 @@ def said_at(address: str, **more: Any) -> str:
 
 @pytest.fixture
 def shown(database: Database, team: Team, live: str, trained: Path, tmp_path: Path) -> Shown:
-    """The model on its page, downloaded by the first command of it."""
+    """The commands of the model's page. The first one, the download, has been run."""
     storage = open_storage(database.settings)
 
     def publish(session: Any, model: Model, prefix: str, folder: Path) -> None:
@@ -116,7 +116,7 @@ def shown(database: Database, team: Team, live: str, trained: Path, tmp_path: Pa
         "HF_HUB_OFFLINE": "1",
         "TUNERY_API_URL": live,
         "TUNERY_API_KEY": team.key,
-        # llama.cpp's: any free port, one thread, and room for one chat.
+        # For llama.cpp: any free port, one thread, and room for one chat.
         "LLAMA_ARG_PORT": "0",
         "LLAMA_ARG_THREADS": "1",
         "LLAMA_ARG_CTX_SIZE": "256",
@@ -150,7 +150,7 @@ def test_vllm_answers_by_the_pages_commands(shown: Shown, files: str) -> None:
 
 
 def test_ollamas_file_describes_the_model_that_llama_cpp_loads(shown: Shown) -> None:
-    """ollama itself is in no package. It reads paths from the Modelfile's folder, and texts in Go's templates."""
+    """ollama is in no package. It resolves paths from the Modelfile's folder, and its templates are those of Go."""
     assert shown.commands["ollama", "gguf/Modelfile"] == (
         "ollama create tuned -f tuned/gguf/Modelfile && ollama run tuned"
     )

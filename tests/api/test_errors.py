@@ -1,4 +1,4 @@
-"""One envelope for everything that can go wrong, and a commit that fails is never answered with success."""
+"""All errors have one format, and a commit that fails is never answered with success."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def _classes(kind: type[floor.TuneryError]) -> Iterator[type[floor.TuneryError]]
 
 
 def test_no_class_is_answered_with_409() -> None:
-    """Clients of this dialect retry it."""
+    """OpenAI's clients retry a 409."""
     assert 409 not in errors.STATUS.values()
 
 
@@ -116,7 +116,7 @@ JUNK: list[Any] = [True, -(2**70), 1e300, 0.5, "", "no", "x" * 10**7, [], [1] * 
 
 
 def _parts(kind: Any, known: set[type[BaseModel]]) -> set[type[BaseModel]]:
-    """The models that `kind`, a type or an annotation, is made of."""
+    """Adds the models inside `kind`, a type or an annotation, to `known`, and returns `known`."""
     for part in get_args(kind):
         _parts(part, known)
     if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in known:
@@ -140,11 +140,11 @@ def _faults(kind: type[BaseModel]) -> Iterator[dict[str, Any]]:
             except ValidationError as error:
                 yield from ({**fault} for fault in error.errors(include_url=False))
             except floor.InvalidValue:
-                continue  # a check over several fields, which says its own words
+                continue  # a check over several fields, with a message of its own
 
 
 def test_no_reason_is_in_words_of_pydantic(app: FastAPI) -> None:
-    """Each kind of bound that a body has is met by some junk, and said in words of ours."""
+    """The junk violates each kind of bound that a body has; every reason is in our own words."""
     models: set[type[BaseModel]] = set()
     for body in _bodies(Body):
         _parts(body, models)
@@ -252,7 +252,7 @@ def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> No
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
 def test_too_much_json(kind: str, team: Team) -> None:
-    """Whatever the body calls itself: it would be kept in memory."""
+    """The limit holds for every content type, because the body is kept in memory."""
     limit = 2**20
     error = _error(_post(team.http, "/v1/fine_tuning/jobs", b'{"model":"' + b"x" * limit + b'"}', kind), 413)
     assert str(limit) in error["message"]
@@ -269,7 +269,7 @@ def test_quota_is_not_worth_a_retry(make_team: Callable[..., Team], base: str) -
 
 
 def test_a_failing_commit_is_not_answered_with_success(team: Team, database: Database, base: str) -> None:
-    """The database refuses at the commit itself, after the route has made its answer."""
+    """The database refuses at the commit itself, after the route has built its response."""
     file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
     with database.sessions.begin() as session:
         session.execute(text("CREATE TABLE refusals (job text REFERENCES projects(id) DEFERRABLE INITIALLY DEFERRED)"))
@@ -311,7 +311,7 @@ def test_health(anonymous: TestClient) -> None:
 
 
 def test_a_refused_upload_is_read_to_its_end(live: str) -> None:
-    """A client that is still sending when the answer comes would see a broken pipe in place of the reason."""
+    """A client that is still sending when the response comes would see a broken pipe instead of the reason."""
     sent = 0
 
     def packets() -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Uploading, keeping and giving back files."""
+"""Uploading, storing and downloading files."""
 
 import re
 import socket
@@ -177,7 +177,7 @@ def test_size_limits(make_app: Callable[..., FastAPI], make_team: Callable[..., 
     fits = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN})
     assert fits.status_code == 200
     before = _stored(database)
-    for data in (TRAIN + b"\n", TRAIN + b"\n" * 3 * 2**20):  # found while streaming; known from the start
+    for data in (TRAIN + b"\n", TRAIN + b"\n" * 3 * 2**20):  # found while streaming; known from the Content-Length
         answer = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": data})
         assert answer.status_code == 413
         assert answer.json()["error"]["param"] == "file"
@@ -186,7 +186,7 @@ def test_size_limits(make_app: Callable[..., FastAPI], make_team: Callable[..., 
 
 
 def test_a_large_file_streams_in_constant_memory(live: str, team: Team) -> None:
-    """96 MiB through a real socket: the process, client included, grows by far less."""
+    """96 MiB pass through a real socket: the process, client included, grows by less than half of that."""
     row = ('{"messages":[' + LINE[13:-3] + "]," + '"note":"' + "x" * 1000 + '"}\n').encode()
     block = row * (2**20 // len(row))
 
@@ -220,7 +220,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(live: str, team: Team, databas
 
 
 def test_a_download_holds_no_connection(live: str, team: Team, app: FastAPI) -> None:
-    """The request's transaction is over before its stream begins."""
+    """The request's transaction ends before its stream begins."""
     file = team.http.post("/v1/files", data={"purpose": "user_data"}, files={"file": b"x" * 2**24}).json()["id"]
     headers = {"authorization": f"Bearer {team.key}"}
     with httpx2.stream("GET", f"{live}/v1/files/{file}/content", headers=headers, trust_env=False) as answer:
@@ -256,7 +256,7 @@ def test_an_expired_file_is_gone(team: Team, database: Database) -> None:
 
 
 def test_names_are_data(team: Team, database: Database) -> None:
-    """Whatever a file is called, its key is ours, and the answer makes a browser save it and nothing else."""
+    """Whatever a file is called, the service chooses its key, and the headers make browsers save it, never show it."""
     name = '../../../etc/"<script>\u2603.jsonl'
     answer = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (name, TRAIN)})
     file = answer.json()

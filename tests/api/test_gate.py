@@ -1,4 +1,4 @@
-"""Models that a gate withholds: to be found nowhere but in their job, until they are published."""
+"""Models that a gate withholds: only their job names them until they are published."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ CHAT = {"messages": [{"role": "user", "content": "q"}]}
 
 @pytest.fixture
 def withheld(database: Database, team: Team, base: str) -> tuple[str, str]:
-    """A job whose model its gate withholds, and the model."""
+    """The ids of a job and of its model, which the gate withholds."""
     spec = TrainingSpec(seed=1, gate=Gate(max_kl=0.1)).model_dump(mode="json")
     with database.sessions.begin() as session:
         owner = session.get_one(Project, team.id)
@@ -31,7 +31,7 @@ def withheld(database: Database, team: Team, base: str) -> tuple[str, str]:
 
 
 def _uses(team: Team, job: str, model: str) -> list[Any]:
-    """Everything that names the model."""
+    """The responses to all requests that name the model."""
     return [
         team.http.get(f"/v1/models/{model}"),
         team.http.get(f"/v1/models/{model}/artifacts"),

@@ -1,4 +1,4 @@
-"""What a caller may send that costs much: it is refused before it costs, and others are answered meanwhile."""
+"""Costly requests: they are refused before they cost anything, and other callers are answered meanwhile."""
 
 import json
 import socket
@@ -121,7 +121,7 @@ def connected(url: str) -> Iterator[socket.socket]:
 
 
 def answer_on(connection: socket.socket) -> str:
-    """Everything that comes until the other side closes."""
+    """Everything received until the other side closes."""
     pieces = []
     while piece := connection.recv(65536):
         pieces.append(piece)
@@ -130,7 +130,7 @@ def answer_on(connection: socket.socket) -> str:
 
 @pytest.fixture
 def strict(app: FastAPI) -> Iterator[str]:
-    """The API's address, served as it is in production."""
+    """The address of the API, served as in production."""
     config = uvicorn.Config(app, port=0, log_level="warning", http="api.connections:Protocol", timeout_keep_alive=1)
     server = uvicorn.Server(config)
     with ThreadPoolExecutor(1) as threads:
@@ -210,7 +210,7 @@ def test_a_refused_client_that_sends_nothing_more_is_answered(strict: str, monke
 
 
 def test_a_slow_server_is_not_the_clients_fault(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What counts is the time in which we wait for the client."""
+    """Only the time spent waiting for the client counts."""
     from tunery.storage.directory import Directory
 
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.5)
@@ -251,7 +251,7 @@ def test_a_hostile_file_is_refused_with_its_place(name: str, team: Team, anonymo
     assert anonymous.get("/healthz").status_code == 200
 
 
-# --- others meanwhile ---
+# --- other callers ---
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_a_hostile_file_is_refused_with_its_place(name: str, team: Team, anonymo
 def test_the_service_answers_others_throughout(
     keyed: bool, live: str, team: Team, make_team: Callable[..., Team], base: str
 ) -> None:
-    """Four clients send the corpus; another project and /healthz are asked meanwhile."""
+    """Four clients send the corpus; meanwhile another project and /healthz are answered."""
     other = make_team("beta")
     waits: list[float] = []
     with ThreadPoolExecutor(4) as threads:

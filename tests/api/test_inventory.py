@@ -1,4 +1,4 @@
-"""What a job may ask of the devices that there are: refused, tried or forced."""
+"""Jobs that may not fit on the available devices: refused, left to the memory probe, or forced."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ ROUTE = "/v1/fine_tuning/jobs"
 
 
 def show(database: Database, size: int) -> None:
-    """The inventory is one card of that many bytes."""
+    """Registers a card with `size` bytes of memory."""
     card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="a card", memory_bytes=size, bf16=True)
     with database.sessions.begin() as session:
         leases.show_device(session, card)
@@ -55,7 +55,7 @@ def test_what_no_device_holds_at_the_least_is_refused_with_what_to_change(
 
 
 def test_a_job_on_the_border_is_left_to_the_probe(team: Team, base: str, database: Database) -> None:
-    """Its rows may be as long as max_seq_length, for which the trainer would find no plan; they may be short."""
+    """The trainer would find no plan for rows of max_seq_length tokens, but the actual rows may be short."""
     file_id, model_info = upload(team), model_info_of(database, base)
     least = memory.estimate(model_info, Full(), max_seq_length=64).bytes
     show(database, least)

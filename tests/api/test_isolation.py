@@ -27,7 +27,7 @@ from tunery.webhooks import endpoints
 PART: dict[str, Any] = {"files": {"data": ("upload", b"x")}}
 CHAT = {"messages": [{"role": "user", "content": "q"}]}
 
-# Operation -> requests that name one object of the other project each: (path, options). `{name}` is filled in.
+# Operation -> requests, each naming one object of the other project: (path, options). `{name}` is filled in.
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "create_file": [],
     "list_files": [("/v1/files?after={file}", {})],
@@ -173,7 +173,7 @@ def _job_with_everything(session: Any, owner: Project) -> tuple[Job, str]:
 
 @pytest.fixture
 def names(team: Team, make_team: Callable[..., Team], database: Database, base: str) -> dict[str, str]:
-    """Ids of the first team's objects, and of the second's own."""
+    """Ids of the first team's objects, and of the second team's own."""
     other_team = make_team("beta")
     upload = team.http.post(
         "/v1/uploads", json={"bytes": 1, "filename": "t", "mime_type": "t", "purpose": "user_data"}

@@ -1,4 +1,4 @@
-"""Creating jobs: what is refused and why, what is stored, and when a repeated request is the same job."""
+"""Creating jobs: what is refused and why, what is stored, and when a repeated request returns the same job."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +115,7 @@ def test_what_is_stored(team: Team, file: str, base: str, database: Database) ->
 
 
 def test_stored_job_of_an_older_release_is_answered(team: Team, file: str, base: str, database: Database) -> None:
-    """It lacks options that were added since, and values that today's bounds refuse were legal then."""
+    """It lacks options that were added later, and has values that were legal then but are out of bounds today."""
     job = _create(team, file, packing=True).json()["id"]
     with database.sessions.begin() as session:
         row = session.get_one(Job, job)
@@ -258,7 +258,7 @@ def test_trackers_are_echoed_with_the_runs_id(
 
 
 def test_a_request_cannot_say_where_a_tracker_is(team: Team, file: str, base: str) -> None:
-    """Else the operator's worker would post to any address that a request names."""
+    """Otherwise the operator's worker would post to any address that a request names."""
     mlflow = {"experiment_name": "e", "tracking_uri": "http://10.0.0.1"}
     answer = _create(team, file, integrations=[{"type": "mlflow", "mlflow": mlflow}])
     _refused(answer, 400, "integrations.0.mlflow.tracking_uri", "Unknown parameter")
@@ -311,7 +311,7 @@ def test_another_projects_key_is_another_key(team: Team, file: str, base: str, m
     assert first != second
 
 
-# --- training on --------------------------------------------------------------------------------------------------
+# --- continued training -------------------------------------------------------------------------------------------
 
 
 SHAPE = Lora(r=4, target_modules=["q_proj"], use_dora=True)
@@ -319,7 +319,7 @@ SHAPE = Lora(r=4, target_modules=["q_proj"], use_dora=True)
 
 @pytest.fixture
 def parent(team: Team, base: str, database: Database) -> str:
-    """A LoRA adapter that one of the team's jobs made, of SHAPE."""
+    """The id of a LoRA adapter of SHAPE that one of the team's jobs made."""
     with database.sessions.begin() as session:
         owner = session.get_one(Project, team.id)
         job = rows.job(session, owner, base_model=base)
@@ -359,7 +359,7 @@ def test_training_on_in_another_shape(team: Team, file: str, parent: str, databa
 
 
 def _made_by(database: Database, parent: str, technique: Technique | None) -> None:
-    """Lets the parent's job have had another technique, or no plan."""
+    """Gives the parent's job another technique, or removes its plan."""
     with database.sessions.begin() as session:
         model = session.get_one(Model, parent)
         model.technique = technique.type if technique else None

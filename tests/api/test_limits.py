@@ -25,7 +25,7 @@ ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}]}
 def limited(
     server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
 ) -> Callable[..., Team]:
-    """The team under limits, its API in front of `server`."""
+    """Makes the team with limits, its API in front of `server`."""
     address = serve(server.app)
     return lambda **limits: team.on(make_app(server_url=address, **limits))
 
@@ -39,12 +39,12 @@ def test_every_answer_says_what_is_left(limited: Callable[..., Team]) -> None:
         client.chat.completions.with_raw_response.create(model=BASE, stream=True, **ASK).headers,
     ]
     left = [int(head["x-ratelimit-remaining-requests"]) for head in heads]
-    assert left[0] == 59  # of a full bucket; one comes back each second
+    assert left[0] == 59  # of a full bucket of 60; one request is refilled each second
     assert 57 <= left[2] <= left[1] <= 59
     assert {head["x-ratelimit-limit-requests"] for head in heads} == {"60"}
     assert {head["x-ratelimit-limit-tokens"] for head in heads} == {"1000"}
     assert heads[0]["x-ratelimit-reset-requests"] in ("1s", "999ms", "1000ms")
-    # Charged: a tenth of the minute's tokens and the prompt; a first request's used 7 are what remains charged of it.
+    # A request is charged a tenth of the minute's tokens plus its prompt, and only the 7 that it used once it ends.
     assert 880 < int(heads[0]["x-ratelimit-remaining-tokens"]) < 900
     assert 870 < int(heads[1]["x-ratelimit-remaining-tokens"]) < 895
 

@@ -1,4 +1,4 @@
-"""Chats through the API and the model server to llama.cpp's server, which applies an adapter of its own to each."""
+"""Chats through the API and the model server to llama.cpp's server, which applies the adapter of each chat."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""What Prometheus reads: how far the runs were from their quotes."""
+"""Prometheus metrics: how far runs were from their quotes."""
 
 import rows
 from cloned_databases import Database
@@ -22,7 +22,7 @@ def test_the_distribution_of_quotes_errors_is_a_histogram(team: Team, database: 
             _ended(session, of_quoted, in_range=of_quoted < 2)
         _ended(session, 9.5, in_range=False, speed_from="estimated")
         _ended(session, None, in_range=None)
-        rows.job(session, state=State.SUCCEEDED)  # of an older release
+        rows.job(session, state=State.SUCCEEDED)  # of an older release, without a quote
         _, secret = auth.create_key(session, rows.project(session), "operator", admin=True)
     assert team.http.get("/metrics").status_code == 403
     client: TestClient = team.http

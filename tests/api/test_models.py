@@ -117,7 +117,7 @@ def test_where_a_base_lies_on_the_workers_disk_is_for_administrators(
 
 
 def test_the_id_of_a_deleted_base_stays_its_own(admin: Team, base: str, database: Database) -> None:
-    """What was tuned from it names it by that id, and must not come to stand on other weights."""
+    """Models tuned from it refer to it by that id, which must never mean other weights."""
     assert admin.http.delete(f"/v1/models/{BASE}").json()["deleted"]
     answer = admin.http.post("/v1/models", json={"source": "org/other", "id": BASE})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")
@@ -187,7 +187,7 @@ def test_the_aliases_of_a_deleted_base_are_free_again(admin: Team, base: str, da
 
 @pytest.fixture
 def tuned(team: Team, base: str, database: Database) -> str:
-    """The id of a model that a job of the team left."""
+    """The id of a model that one of the team's jobs made."""
     with database.sessions.begin() as session:
         owner = session.get_one(Project, team.id)
         job = rows.job(session, owner, State.SUCCEEDED, base_model=base)

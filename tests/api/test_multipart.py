@@ -1,4 +1,4 @@
-"""A form says the same wherever its packets end, and whatever its names are written in."""
+"""A form is parsed the same wherever its packets end, and whatever encoding its names have."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One line in a copy of the code, as a developer adds it, makes a training option that jobs can be created with.
+"""One line, added to a copy of the code, makes a training option that jobs can be created with.
 
 tests/worker/test_additions.py runs a job with one.
 """
@@ -41,7 +41,7 @@ print(json.dumps({
 
 @pytest.fixture
 def next_release(tmp_path: Path) -> Release:
-    """A copy with one line more."""
+    """A copy of the code with the line of one more option."""
     made = Release.copy(tmp_path / "next")
     made.change("tunery/spec.py", "class TrainingOptions(", "    packing: bool", OPTION + "    packing: bool")
     return made

@@ -1,4 +1,4 @@
-"""The official client, unmodified, drives every listed call: as people use it, and with strict response validation."""
+"""The unmodified official client makes every listed call: as people use it, and with strict response validation."""
 
 import base64
 import gzip
@@ -346,7 +346,7 @@ def test_wrong_key(team: Team) -> None:
 def test_the_clients_own_retries_make_one_job(
     attempts: int, make_team: Callable[..., Team], file_id: str, job: FineTuningJob, client: OpenAI
 ) -> None:
-    """A create whose answer got lost is sent again with `x-stainless-retry-count`."""
+    """The client repeats a create whose response was lost with the header `x-stainless-retry-count`."""
     again = client.fine_tuning.jobs.create(
         model=BASE, training_file=file_id, extra_headers={"x-stainless-retry-count": str(attempts)}
     )

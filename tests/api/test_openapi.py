@@ -1,4 +1,4 @@
-"""The document behind /docs: every operation explained, with worked examples that are true to their schemas."""
+"""The OpenAPI document behind /docs: every operation is explained, and all examples match their schemas."""
 
 import re
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any
 
 
 def _examples(content: dict[str, Any], document: dict[str, Any]) -> list[Any]:
-    """Those of a media type, or of its schema, or of a list's items."""
+    """The examples of a media type, of its schema, or of a list's items."""
     if "example" in content:
         return [content["example"]]
     if "examples" in content:
@@ -125,7 +125,7 @@ def test_tools_can_name_operations(document: dict[str, Any]) -> None:
 
 
 def test_the_page_asks_nobody_else(client: TestClient) -> None:
-    """It works in a closed network: every script and style is ours, and the policy makes browsers refuse others."""
+    """It works in a closed network: we serve every script and style, and the policy makes browsers refuse others."""
     page = client.get("/docs")
     assert "://" not in page.text
     assert "default-src 'self'" in page.headers["content-security-policy"]
@@ -135,6 +135,6 @@ def test_the_page_asks_nobody_else(client: TestClient) -> None:
 
 
 def test_swagger_ui_is_new_enough_for_this_document(client: TestClient) -> None:
-    """Version 4 shows OpenAPI 3.1 as an error."""
+    """Swagger UI 4 shows OpenAPI 3.1 as an error."""
     script = client.get("/docs/swagger-ui-bundle.js").text
     assert "openapi31" in script.lower() or "OpenAPI 3.1" in script

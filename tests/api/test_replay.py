@@ -1,4 +1,4 @@
-"""Replay in requests: what a job says of it, and the file that it may name."""
+"""Replay in requests: what a job shows of it, and which file it may name."""
 
 from typing import Any
 

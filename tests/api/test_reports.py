@@ -1,4 +1,4 @@
-"""A file's report over HTTP: its state on the file, as JSON and as a page; the official client takes it."""
+"""A file's report over HTTP: its status in the file, as JSON and as a page; the official client accepts it."""
 
 import json
 import time
@@ -23,7 +23,7 @@ def _upload(team: Team, data: bytes = TRAIN, name: str = "t.jsonl") -> str:
 
 
 def _finish(database: Database, tmp_path: Path, data: bytes = TRAIN) -> None:
-    """What a worker does, without its process."""
+    """Finishes the queued reports as a worker does, in this process."""
     (tmp_path / "rows").write_bytes(data)
     made = maker.make(tmp_path / "rows")
     with database.sessions.begin() as session:
@@ -60,7 +60,7 @@ def test_a_report_follows_an_upload(team: Team, database: Database, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_report_that_names_every_row_of_many_opens_at_once(team: Team, database: Database, tmp_path: Path) -> None:
-    """A hundred thousand rows, each in a finding. In processor time, of which other work takes nothing."""
+    """A hundred thousand rows, each in a finding. Processor time is measured, as other load does not add to it."""
     file_id = _upload(team)
     _finish(database, tmp_path)
     why = "Questions and answers are nearly the same."
@@ -119,7 +119,7 @@ def test_each_base_and_comparison_has_a_report_of_its_own(
     with database.sessions.begin() as session:
         found = [(row.base, row.against) for row in session.scalars(select(FileReport))]
         asked = (BASE if "base" in query else "", session.get_one(File, other).sha256 if "against" in query else "")
-    # The two that the uploads have asked for, and the one of the query.
+    # The two that the uploads requested, and that of the query.
     assert sorted(found) == sorted([("", ""), ("", "")] + [asked] * bool(query))
 
 

@@ -1,4 +1,4 @@
-"""Jobs that run earlier ones again: what they take over, what a request changes, and what stands in the way."""
+"""Jobs that run earlier ones again: what they take over, what a request can change, and what prevents a rerun."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def training(team: Team) -> str:
 
 @pytest.fixture
 def original(database: Database, team: Team, base: str, training: str) -> str:
-    """A job whose "auto" are numbers."""
+    """The id of a job whose "auto" options have been decided."""
     asked = {"model": ALIAS, "training_file": training, "suffix": "again", "metadata": {"team": "search"}}
     asked |= {"method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 3}}}, "seed": 11}
     asked |= {"integrations": [{"type": "wandb", "wandb": {"project": "p"}}], "priority": 2}
@@ -72,7 +72,7 @@ def test_a_rerun_has_the_numbers_that_were_decided(database: Database, team: Tea
 
 
 def test_templates_take_the_same_time_for_now(database: Database, team: Team, original: str) -> None:
-    """A template that writes the date would otherwise make other rows of the same file."""
+    """Otherwise a template that writes the date would render the same file differently."""
     second = _rerun(team, original)["id"]
     third = _rerun(team, second)["id"]
     with database.sessions() as session:
@@ -103,7 +103,7 @@ def test_changes_are_merged_into_the_objects_that_they_name(team: Team, original
 def test_another_technique_or_method_has_another_rate(
     team: Team, original: str, changes: dict[str, Any], rate: float | None, multiplier: Any
 ) -> None:
-    """What was decided for an adapter would blow a full fine-tune up."""
+    """The rate that was decided for an adapter would make a full fine-tune diverge."""
     again = _rerun(team, original, **changes)
     assert again["learning_rate"] == rate
     assert again["hyperparameters"]["learning_rate_multiplier"] == multiplier
@@ -162,7 +162,7 @@ def test_a_deleted_base_is_named(database: Database, team: Team, original: str) 
 def test_other_bytes_under_an_old_id_are_refused(
     database: Database, team: Team, original: str, training: str, part: str
 ) -> None:
-    """No call of the API can bring them there; a restored backup can."""
+    """No call of the API can put them there, but a restored backup can."""
     with database.sessions.begin() as session:
         if part == "file":
             session.get_one(File, training).sha256 = "e" * 64

@@ -1,4 +1,4 @@
-"""The Responses API by the official client: a chat completion in another dialect, of which nothing is kept."""
+"""The Responses API through the official client: chat completions in another format, of which nothing is stored."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Logs, measurements and artifacts of a job."""
+"""Logs, metrics and artifacts of a job."""
 
 import hashlib
 import itertools
@@ -123,7 +123,7 @@ def test_metrics(team: Team, database: Database, base: str) -> None:
 
 @pytest.fixture
 def finished(app: FastAPI, team: Team, database: Database, base: str) -> str:
-    """A job whose model has two files."""
+    """The id of a job whose model has two files."""
     job = _job(database, team, State.SUCCEEDED)
     contents = {"adapter_model.safetensors": b"weights", "extra/notes.txt": b"n"}
     with database.sessions.begin() as session:
@@ -147,7 +147,7 @@ def test_artifacts(team: Team, finished: str) -> None:
 
 
 class _Reading(Directory):
-    """A storage that notes where reads begin and how much of them is taken."""
+    """A storage that records where reads begin and how many bytes are read."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -166,7 +166,7 @@ class _Reading(Directory):
 
 @pytest.fixture
 def scored(app: FastAPI, team: Team, database: Database, base: str, tmp_path: Path) -> str:
-    """A job with 30 scored rows: of each three, one stays wrong, one is gained and one lost."""
+    """The id of a job with 30 scored rows: of every three, one stays wrong, one is gained and one is lost."""
     job = _job(database, team, State.SUCCEEDED)
     lines = [
         json.dumps(

@@ -1,7 +1,7 @@
-"""Requests that Schemathesis draws from the API's own document, with two projects' keys: no 5xx, no answer that the
-document does not describe, and nothing of the other project.
+"""Requests that Schemathesis generates from the API's own document, with two projects' keys: no 5xx, no response that
+the document does not describe, and nothing of the other project.
 
-Schemathesis is in a venv of its own: as a plugin of pytest it would load into every run, and it pins what .venv shares.
+Schemathesis has its own venv: as a pytest plug-in it would load into every run, and it pins packages that .venv needs.
 """
 
 import json
@@ -39,7 +39,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @pytest.fixture
 def ids(team: Team, database: Database, base: str, tmp_path: Path) -> dict[str, list[str]]:
-    """One object of each kind of the first project, by the parameter that names it; every text has the marker in it."""
+    """Ids of the first project's objects, one or more of each kind, by parameter; every text contains the marker."""
     line = LINE.replace("q", MARKER) * 12
     file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (f"{MARKER}.jsonl", line)}).json()
     upload = team.http.post(
@@ -56,7 +56,7 @@ def ids(team: Team, database: Database, base: str, tmp_path: Path) -> dict[str, 
         session.add(Checkpoint(id=f"ftckpt_{made.id}", job_id=made.id, step=1, model_id=model))
         storage = open_storage(database.settings)
         for row in session.scalars(select(File).where(File.project_id == owner.id, File.id != file["id"])):
-            storage.put(row.key, MARKER.encode())  # the factory makes rows alone
+            storage.put(row.key, MARKER.encode())  # the factory makes only rows
         folder = templates.model_folder(tmp_path / "base", templates.CHATML)
         (folder / "model.safetensors").write_bytes(b"weights")
         registered = session.get_one(Model, base)
@@ -99,9 +99,9 @@ def test_no_request_breaks_the_document(
     command = [
         schemathesis, "run", f"{address}/openapi.json", "--header", f"authorization: Bearer {caller.key}",
         "--checks", f"{CHECKS},no_foreign_object", "--phases", "examples,coverage,fuzzing", "--max-time", "50",
-        "--exclude-operation-id", "test_webhook_endpoint",  # would post to an address of its own invention
+        "--exclude-operation-id", "test_webhook_endpoint",  # would post to a generated address
         "--request-timeout", "20", "--seed", "1", "--no-shrink", "--continue-on-failure", "--no-color",
-        # One worker: the ast module of Python 3.11 counts its depth for all threads together, and gives up.
+        # One worker: Python 3.11's ast module counts the recursion depth of all threads together, and fails.
         "--suppress-health-check", "all", "--workers", "1",
     ]  # fmt: skip
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SCHEMATHESIS_HOOKS": str(HOOKS)}

@@ -1,4 +1,4 @@
-"""The scorecard in a job, with the type that the documentation names, and as a picture."""
+"""The scorecard in a job, with the schema of the API's document, and as a picture."""
 
 from typing import Any
 from xml.etree import ElementTree
@@ -49,7 +49,7 @@ def _texts(picture: Any) -> list[str]:
 def test_a_job_shows_its_scorecard_by_its_schema(
     database: Database, team: Team, job: str, stored: dict[str, Any]
 ) -> None:
-    """Whichever release measured it: what that did not know has its default, what this does not know is left out."""
+    """A field unknown to the release that measured it has its default; one unknown to this release is left out."""
     later = {"of_a_later_release": 1, "general": {**GENERAL, "of_a_later_release": 1} if "general" in stored else None}
     with database.sessions.begin() as session:
         session.get_one(Job, job).scorecard = stored | later

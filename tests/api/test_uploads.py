@@ -64,7 +64,7 @@ def test_what_complete_refuses(team: Team) -> None:
 
 
 def test_completing_it_again_answers_with_the_same_file(team: Team, database: Database) -> None:
-    """A client that lost the answer asks again, at once or while the first request still joins the parts."""
+    """A client that lost the response repeats the request, at once or while the first one still joins the parts."""
     upload = _begin(team)
     parts = [_add(team, upload, half).json()["id"] for half in HALVES]
     with ThreadPoolExecutor(4) as pool:

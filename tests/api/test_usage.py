@@ -1,4 +1,4 @@
-"""Usage by day and model, read by the official client."""
+"""Usage by day and model, read through the official client."""
 
 from datetime import UTC, date, datetime, time
 from typing import Any
@@ -17,7 +17,7 @@ def unix(day: date) -> int:
 
 @pytest.fixture
 def client(team: Team, database: Database) -> OpenAI:
-    """Two models were used on the first day of a month, one on the third."""
+    """A client of a team that used two models on the first day of a month, and one on the third."""
     with database.sessions.begin() as session:
         for day, model, requests in ((1, "a", 1), (1, "b", 2), (3, "a", 4)):
             used = {"requests": requests, "prompt_tokens": 10 * requests, "completion_tokens": 5 * requests}

@@ -1,4 +1,4 @@
-"""Chats through the API, the model server and vLLM servers that say what real ones said."""
+"""Chats through the API and the model server to stand-ins that replay what real vLLM servers answered."""
 
 import asyncio
 import json
@@ -34,12 +34,12 @@ Serve = Callable[[Any], str]
 
 
 class Recorded:
-    """Two recorded vLLM servers, and adapters without weights."""
+    """Two stand-ins that replay a recorded vLLM server, and adapters without weights."""
 
     def __init__(self, database: Database, root: Path) -> None:
         self._root = root
         self.address = ""
-        """The last model server's."""
+        """The address of the latest model server."""
         tiny_models.tokenizer(root / "base")
         (root / "base/config.json").write_text(json.dumps({"eos_token_id": 2}))
         self.files = PublishedModels(database, root / "base", root)
@@ -47,7 +47,7 @@ class Recorded:
         self.vllms = [RecordedVllm(BASE), RecordedVllm(BASE)]
 
     def add(self, team: Team, name: str, **config: Any) -> str:
-        """The id of an adapter of the team."""
+        """Publishes an adapter of the team and returns its id."""
         folder = self._root / name
         tiny_models.tokenizer(folder)
         options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **config}
@@ -56,7 +56,7 @@ class Recorded:
         return self.files.add(team, folder)
 
     def text(self, recorded: str) -> str:
-        """What the recorded answer says."""
+        """The text of a recorded answer."""
         ids = [token for step in steps(recorded) for token in step["token_ids"]]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -68,7 +68,7 @@ def recorded(database: Database, tmp_path: Path) -> Recorded:
 
 @pytest.fixture
 def ask(recorded: Recorded, make_app: Callable[..., FastAPI], team: Team) -> Iterator[Ask]:
-    """Makes a client of the API, before the vLLM servers at these addresses."""
+    """Makes a client of the API in front of the vLLM servers at the given addresses."""
     with ExitStack() as stack:
 
         def make(*urls: str, **options: Any) -> OpenAI:
@@ -184,7 +184,7 @@ def test_requests_are_spread_and_a_dead_server_is_left_out_until_it_is_back(
     for _ in range(4):
         _say(client, BASE)
     assert len(one.asked) == len(two.asked) == 2
-    one.is_down = True  # which only a request can tell
+    one.is_down = True  # which only a request finds out
     for _ in range(4):
         assert _say(client, BASE) == recorded.text("stream_base")
     assert (len(one.asked), len(two.asked)) == (2, 6)
