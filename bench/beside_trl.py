@@ -1,4 +1,4 @@
-"""What the comparisons with TRL share: a tiny base, TRL's half in a Python that has it, the record of both."""
+"""Shared parts of the comparisons with TRL: a tiny base, TRL's run in another Python, the record of both runs."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, given: dict[str, Any], folder: Path, python: str) -> dict[str, Any]:
-    """What a script beside this one makes of `given` with another Python: `steps` and `versions`."""
+    """Runs a script of this folder with another Python on `given`; returns its result: `steps` and `versions`."""
     path = folder / "given.json"
     path.write_text(json.dumps(given))
     command = [python, str(ROOT / "bench" / script), str(path)]
@@ -31,7 +31,7 @@ def run(script: str, given: dict[str, Any], folder: Path, python: str) -> dict[s
 
 
 def tiny(folder: Path) -> Path:
-    """A random model of two layers, the same each time."""
+    """Writes a random model of two layers, the same each time; returns its folder."""
     sys.path.append(str(ROOT / "tests" / "fixtures"))
     import tiny_models
 
@@ -39,12 +39,12 @@ def tiny(folder: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that this process computes with."""
+    """Returns the versions of the packages that this process computes with."""
     return {name: found for name in PACKAGES if (found := _version(name))}
 
 
 def main(names: Iterable[str], steps: int, compare: Callable[[Path, str, str, int], dict[str, Any]]) -> None:
-    """The command of a comparison: BASE OUT.json --trl PYTHON [--steps N] [--only RUN ...]."""
+    """Runs the command line of a comparison: BASE OUT.json --trl PYTHON [--steps N] [--only RUN ...]."""
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
     parser.add_argument("out", type=Path)

@@ -1,13 +1,13 @@
-"""A training file with known faults against the same file cleaned by the report's suggestions: the task's score.
+"""Compares the task's score after training on a file with known faults and on the same file cleaned as suggested.
 
 `python -m bench.clean --prepare FOLDER` writes the files, which needs `tunery[report]` and no GPU.
 `python -m bench.clean BASE OUT.json --rows FOLDER [options]` trains on them: BASE a converted SmolLM2-135M-Instruct,
 LoRA with default settings, several runs at once on each GPU. A second run continues from the results in OUT.json.
 
-Faults are those of `bench.injector`: at the level `faults` as many in a hundred rows as `bench.report` injects, at the
-level `labels` with wrong labels in three rows of ten. Compared are the examples' rows (`original`), those with faults
-but for rows that a job refuses (`noisy`), what `tunery files clean --recommended --against VALIDATION` leaves of all
-(`clean`), and 500 rows of that (`curated`). The test rows have no faults; leaks are of the validation rows.
+`bench.injector` makes the faults: at the level `faults` as many in a hundred rows as `bench.report` injects, at the
+level `labels` with wrong labels in three rows of ten. Four sets of rows are compared: the examples' own (`original`),
+those with faults, less the rows that a job refuses (`noisy`), those that `tunery files clean --recommended --against
+VALIDATION` keeps (`clean`), and 500 of these (`curated`). The test rows have no faults; leaks are of validation rows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CURATED = 500
 
 
 def points(tasks: list[str], seeds: int) -> list[Point]:
-    """The runs, the longest first. What is not made of faults is run once for both levels."""
+    """Returns the runs, the longest first. The rows without faults are run once for both levels."""
     ordered = sorted(tasks, key=TASKS.index, reverse=True)
     made = [
         {"task": task, "level": level, "rows": name, "seed": seed}
@@ -49,7 +49,7 @@ def work(base: Path, folder: Path, point: Point) -> Work:
 
 
 def lines(runs: list[dict[str, Any]]) -> Iterator[str]:
-    """A row for each task, level and set of rows, then what cleaning gained over the noise, over seeds in pairs."""
+    """Yields a row for each task, level and set of rows, then each set's gain over `noisy`, paired by seed."""
     yield "| task | level | rows | runs | steps | exact |"
     yield "| --- | --- | --- | --- | --- | --- |"
     good = [run for run in runs if "failed" not in run]
@@ -82,7 +82,7 @@ def main() -> None:
     task_runs.add_options(parser)
     a = parser.parse_args()
     if a.prepare is not None:
-        from bench import clean_files  # its packages are not where the runs are done
+        from bench import clean_files  # the host of the runs need not have its packages
 
         return clean_files.prepare(a.prepare, a.seeds)
     if a.base is None or a.out is None or a.rows is None:

@@ -1,6 +1,6 @@
-"""Training files with known faults, and what a cleaning by the report's suggestions makes of them, for `bench.clean`.
+"""Writes the training files of `bench.clean`: rows with known faults, and the same rows cleaned as the report suggests.
 
-Written where the packages of `tunery[report]` are, as they need not be where the runs are done.
+They are written on a host with the packages of `tunery[report]`, which the host of the runs need not have.
 """
 
 import gzip
@@ -16,7 +16,7 @@ from tunery.datasets.cleaning.order import Cleaning
 from tunery.datasets.report.rows import read
 
 ROWS = 600
-"""Of the file that `injector.COUNTS` is for: the counts here are as many more as there are more rows."""
+"""Rows of the file that `injector.COUNTS` is for: a file with more rows gets proportionally more faults."""
 WRONG_LABELS = 0.3
 """Share of the rows that get a wrong label at the level `labels`."""
 
@@ -53,13 +53,13 @@ def _prepare(folder: Path, task: str, level: str, seed: int) -> dict[str, Any]:
 
 
 def counts(rows: int, level: str) -> dict[str, int]:
-    """How many faults of each kind a file gets. Rows over the limit get none: a job leaves them out by itself."""
+    """Returns how many faults of each kind a file gets. None is a row over the limit: a job leaves those out itself."""
     scaled = {kind: round(count * rows / ROWS) for kind, count in injector.COUNTS.items() if kind != "too_long"}
     return scaled if level == "faults" else {**scaled, "mislabelled": round(WRONG_LABELS * rows)}
 
 
 def summary(faults: dict[str, list[int]], done: dict[str, Any]) -> dict[str, Any]:
-    """Of each kind: how many rows have the fault, and of how many of them the cleaning saw something."""
+    """Returns, for each kind, how many rows have the fault and how many of them the cleaning dropped or changed."""
     touched = {one["line"] for part in ("dropped", "changed") for one in done[part]}
     seen = {kind: [len(lines), len(touched & set(lines))] for kind, lines in faults.items()}
     known = {line for lines in faults.values() for line in lines}

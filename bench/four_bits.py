@@ -1,7 +1,7 @@
-"""QLoRA beside LoRA on the base that its four bits stand for, and on the original one, step by step in fp32 on a CPU.
+"""Compares QLoRA with LoRA on the dequantised base and on the original one, step by step in fp32 on a CPU.
 
 `python -m bench.four_bits BASE OUT.json [STEPS]`; BASE: a model's folder, or `tiny`, a random one of two layers. The
-first pair has to be equal: it is the same model, kept in two ways. The second is what four bits cost.
+first comparison has to be equal: it is the same model, stored in two ways. The second shows what four bits cost.
 """
 
 import json
@@ -26,7 +26,7 @@ RATE, STEPS = 1e-3, 16
 
 
 def dequantise(base: Path, folder: Path) -> Path:
-    """A base in fp32 whose linear layers have the values of `base` in four bits."""
+    """Writes a base in fp32 whose linear layers have the values of `base` in four bits; returns its folder."""
     device = torch.device("cpu")
     packed = load_quantised(base, decide(QLORA, device.type), device)
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -41,7 +41,7 @@ def dequantise(base: Path, folder: Path) -> Path:
 
 
 def compare(base: Path, folder: Path, steps: int = STEPS) -> dict[str, Any]:
-    """The losses of QLoRA, of LoRA on the dequantised base and of LoRA on the original, and how far they are apart."""
+    """Returns the losses of QLoRA and of LoRA on the dequantised and the original base, and their differences."""
     lora = Lora(r=QLORA.r)
     bases = {"qlora": base, "dequantised": dequantise(base, folder / "dequantised"), "original": base}
     losses, weights = {}, {}

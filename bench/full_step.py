@@ -1,9 +1,9 @@
-"""What a step of a full fine-tune costs, by the precision of its weights.
+"""Measures what a step of a full fine-tune costs, by the precision of its weights.
 
 `python -m bench.full_step OUT.json [options]`: a random Llama of 1.5 billion weights, made in memory; the same
-micro-batch at every step. Beside Tunery's two precisions stands bitsandbytes' own 8-bit AdamW, which rounds bf16
-weights to nearest, and stochastic rounding with bitsandbytes' kernel in place of Tunery's own. Wants a GPU.
-`moved`: the share of one layer's weights that the steps changed, at a rate of 2e-5.
+micro-batch at every step. Tunery's two precisions are compared with bitsandbytes' own 8-bit AdamW, which rounds bf16
+weights to nearest, and with stochastic rounding by bitsandbytes' kernel in place of Tunery's own. Needs a GPU.
+`moved`: the fraction of one layer's weights that the steps changed, at a rate of 2e-5.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def build(shape: str, kind: torch.dtype, device: torch.device) -> LlamaForCausal
 
 
 def measure(arm: str, a: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the steps after the first three."""
+    """Returns the figures of an arm: medians over the steps after the first three."""
     device = torch.device("cuda")
     technique = ARMS[arm]
     adamw.agrees = (lambda _device: False) if arm == "stochastic, bitsandbytes" else AGREES

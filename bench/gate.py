@@ -1,7 +1,8 @@
-"""What LoRA at two learning rates gains on a task and loses of general ability, and what a gate says of it, on a GPU.
+"""Measures the task gain and the loss of general ability of LoRA at two learning rates, and the gate's verdict.
 
 `python -m bench.gate BASE OUT.json [options]`: BASE a converted SmolLM2-135M-Instruct. Trains on the examples'
-Banking rows, several runs at once. The first rate is the default, the other one keeps the task's score and forgets.
+Banking rows on a GPU, several runs at once. The first rate is the default; the other keeps the task's score, but the
+model forgets.
 """
 
 import argparse
@@ -21,7 +22,7 @@ GATE = Gate(min_task_gain=0.5, max_general_drop=0.03)
 
 
 def lines(runs: list[dict[str, Any]]) -> Iterator[str]:
-    """The table: a line for each run."""
+    """Yields the table, with a line for each run."""
     yield "| task | rate | seed | exact | general, base | tuned | change | KL | gate |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for run in runs:

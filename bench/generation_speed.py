@@ -1,8 +1,8 @@
-"""Answers of 64 tokens to 500 prompts, as a job's evaluation generates them, beside transformers' own `generate`.
+"""Compares the speed of a job's evaluation with transformers' own `generate`: answers of 64 tokens to 500 prompts.
 
-`python -m bench.generation_speed --model MODEL [--rows 500] [--tokens 64]`: one JSON line. The job's path has an
-adapter that changes nothing, and takes the prompts by length, as many at once as a job does; transformers has the bare
-base and takes them as they come, 32 at once. Prompts have the lengths of instruction data.
+`python -m bench.generation_speed --model MODEL [--rows 500] [--tokens 64]`: prints one JSON line. The job's path has an
+adapter that changes nothing, and sorts the prompts by length into batches of a job's size; transformers has the bare
+base and takes the prompts in their order, 32 at once. Prompts have the lengths of instruction data.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def answer(causal: Any, template: ChatTemplate, prompts: list[list[int]], size: 
 
 
 def timed(causal: Any, template: ChatTemplate, prompts: list[list[int]], size: int, limit: int) -> dict[str, Any]:
-    """The answers and how fast they came; a batch before that warms up."""
+    """Returns the answers and their speed, measured after a batch that warms up."""
     answer(causal, template, prompts[:size], size, 4)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,10 @@
-"""Default settings beside the best of a grid of 12 points, on SNIPS and Banking.
+"""Compares the default settings with the best of a grid of 12 points, on SNIPS and Banking.
 
 `python -m bench.grid BASE OUT.json TECHNIQUE ... [options]`: BASE a converted SmolLM2-135M-Instruct, TECHNIQUE lora,
-qlora or full. The grid, of learning rate, epochs and an adapter's rank, is run on one seed, and its best point chosen
+qlora or full. The grid of learning rate, epochs and an adapter's rank is run on one seed, and its best point is chosen
 by exact matches on the validation rows; that point and the default settings are then run on every seed and scored on
-the test rows. Where the best point is the default settings themselves, their runs are its runs. A second invocation
-continues from the results in OUT.json.
+the test rows. If the best point is the default settings, their runs serve for both. A second invocation continues from
+the results in OUT.json.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from tunery.spec import Full, Lora, Qlora, Technique
 
 TECHNIQUES: dict[str, type[Full] | type[Lora]] = {"lora": Lora, "qlora": Qlora, "full": Full}
 EXACT = "from worker.trainer.scoring import metrics; metrics.METRICS['json'] = (metrics.EXACT,)"
-"""Validation rows are scored as the test rows are compared, not by JSON's primary metric, the overlap of fields."""
+"""Scores the validation rows by exact matches, as the test rows are, not by JSON's primary metric, field overlap."""
 Run = dict[str, Any]
 
 
 def grid(task: str, technique: str) -> list[Point]:
-    """The 12 points, with the default's own among them, longest first: rates are multiples of the default's."""
+    """Returns the 12 points, which include the default's, longest first; rates are multiples of the default rate."""
     if technique == "full":
         free = [(rate, None, epochs) for epochs, rate in product((5, 3, 2), (0.5, 1.0, 2.0, 4.0))]
     else:
@@ -37,7 +37,7 @@ def grid(task: str, technique: str) -> list[Point]:
 
 
 def default(task: str, technique: str, seed: int) -> Point:
-    """A job of default settings alone."""
+    """Returns the point of a job with only default settings."""
     nothing = {"rate": None, "rank": None, "epochs": None}
     return {"stage": "default", "task": task, "technique": technique, **nothing, "seed": seed}
 
@@ -60,7 +60,10 @@ def _technique(point: Point) -> Technique:
 
 
 def best(runs: list[Run], task: str, technique: str) -> Point | None:
-    """The point with the most exact matches on the validation rows, the lowest loss among equals; None of a hole."""
+    """Returns the point with the most exact matches on the validation rows, and of equals the one with the lowest loss.
+
+    None if the grid has no runs or one has failed.
+    """
     same = {"stage": "grid", "task": task, "technique": technique}
     own = [run for run in runs if run["point"].items() >= same.items()]
     if not own or any("failed" in run for run in own):
@@ -70,18 +73,18 @@ def best(runs: list[Run], task: str, technique: str) -> Point | None:
 
 
 def is_default(base: Path, point: Point) -> bool:
-    """Whether a job of default settings alone gets the plan of that point: the same runs, as they are deterministic."""
+    """Whether a job with only default settings gets this point's plan; runs are deterministic, so they are the same."""
     plain = default(point["task"], point["technique"], point["seed"])
     return task_runs.plan(work(base, {**point, "stage": "best"})) == task_runs.plan(work(base, plain))
 
 
 def seeds(point: Point, many: int) -> list[Point]:
-    """The runs of the best point."""
+    """Returns the runs of the best point, one for each seed."""
     return [{**point, "stage": "best", "seed": seed} for seed in range(many)]
 
 
 def lines(found: dict[tuple[str, str], tuple[Point, list[Run], list[Run]]]) -> Iterator[str]:
-    """The table, and the mean difference of each technique, over seeds and tasks in pairs."""
+    """Yields the table, then each technique's mean difference, paired by seed and task."""
     yield "| task | technique | best: rate, rank, epochs | exact, default | exact, best | default minus best |"
     yield "| --- | --- | --- | --- | --- | --- |"
     differences: dict[str, list[float]] = {}

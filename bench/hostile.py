@@ -1,7 +1,7 @@
-"""How long others wait while hostile bodies come in: `python -m bench.hostile`.
+"""Measures how long other requests wait while hostile bodies come in: `python -m bench.hostile`.
 
-Four clients send the corpus of tests/fixtures/hostile_bodies.py to an embedded stack, with a key and without; /healthz
-is asked every 20 ms meanwhile.
+Four clients send the corpus of tests/fixtures/hostile_bodies.py to an embedded stack, with a key and without it;
+meanwhile /healthz is requested every 20 ms.
 """
 
 import statistics

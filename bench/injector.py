@@ -1,4 +1,4 @@
-"""Injects known faults of nine kinds into clean rows, for `bench.report`. Independent of how they are found."""
+"""Injects known faults of nine kinds into clean rows, for `bench.report`; independent of how the report finds them."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ NAMES = ("maria", "jonas", "amina", "li", "oscar", "priya", "tom", "yuki")
 
 @dataclass
 class Dirty:
-    """Rows with faults. `faults`: groups of lines, of which one has to be found. `neutral`: untouched partners."""
+    """Rows with faults. `faults`: groups of lines; finding one of a group counts. `neutral`: untouched partners."""
 
     rows: list[Row] = field(default_factory=list)
     faults: dict[str, list[set[int]]] = field(default_factory=dict)
@@ -42,8 +42,9 @@ def inject(
     seed: int,
     counts: Mapping[str, int] | None = None,
 ) -> Dirty:
-    """A file of all rows, shuffled, with faults, COUNTS if not said otherwise. `labelled`: answers are a JSON object
-    with one label, another row's of which is a wrong one."""
+    """Returns all rows, shuffled, with faults, by default as many as COUNTS says.
+
+    `labelled`: rows whose answer is a JSON object with one label; another row's label is a wrong one."""
     dice = random.Random(seed)
     labels = sorted({row["messages"][-1]["content"] for row in labelled})
     pool = dice.sample(list(labelled), len(labelled))
@@ -91,7 +92,7 @@ def user(row: Row) -> Row:
 
 
 def edited(text: str, dice: random.Random) -> str:
-    """A text as another person might have typed it."""
+    """Returns a text as another person might have typed it."""
     parts = text.split()
     edits: list[Callable[[], str]] = [
         lambda: f"Good morning. {text}",

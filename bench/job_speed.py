@@ -1,11 +1,11 @@
-"""Speed and memory of a run through the trainer's own process, as a job runs it, on rows of uneven lengths.
+"""Measures speed and memory of a run in the trainer's own process, as a job runs it, on rows of uneven lengths.
 
 `python -m bench.job_speed MODEL OUT.json [--technique lora] [--lengths long|real] [--batch 4] [--steps 50] [--skip 10]
 [--packing] [--preloaded] [--runs 3]`: MODEL as `bench/make_model.py` writes it. `long`: 1,900 to 1,906 tokens a row.
-`real`: those of instruction data, log-normal with a median of 190 tokens, at most 2,048. Nearly all have labels.
-Tokens a second count the rows' own tokens, after SKIP steps of warming up; the median of RUNS counts. With
-`--preloaded` the process has imported everything and waits, as a worker keeps one, and time is counted from the moment
-that it gets its run. Needs a GPU.
+`real`: those of instruction data, log-normal with a median of 190 tokens, at most 2,048. Nearly all tokens have labels.
+Tokens a second count the rows' own tokens, without padding, after SKIP steps of warming up; the result is the median of
+RUNS. With `--preloaded` the process has imported everything and waits, as a worker keeps one, and time counts from the
+moment at which it gets its run. Needs a GPU.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def lay_out(folder: Path, model: Path, work: Work) -> None:
 
 
 class DeviceMemory:
-    """The most memory that one process has had on the GPU, as the driver counts it, sampled every half second."""
+    """Samples the peak of one process's GPU memory, as the driver counts it, every half second."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._most, self._over = pid, 0, threading.Event()
@@ -108,7 +108,7 @@ def await_imports(process: psutil.Process) -> None:
 
 
 class Trainer:
-    """A process of the trainer: with a folder it begins at once, without one it imports everything and waits."""
+    """A trainer process, which begins at once if it gets a folder, and else imports everything and waits."""
 
     def __init__(self, log: Path, folder: Path | None = None) -> None:
         self._folder, self.began = folder, time.monotonic()
@@ -127,7 +127,7 @@ class Trainer:
         self.process.stdin.close()
 
     def messages(self, limit: float | None = None) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """The messages until its end, and the seconds to its first step done and to its end.
+        """Returns the messages until the process ends, and the seconds to the end of its first step and to its own end.
 
         After `limit` seconds the process is killed.
         """
@@ -148,7 +148,7 @@ class Trainer:
 def measure(
     model: Path, work: Work, trainer: Trainer | None = None, *, preloaded: bool = False, limit: float | None = None
 ) -> dict[str, Any]:
-    """One run: in a new process, or in `trainer`, which waits. `limit`: the most seconds that it may take."""
+    """Measures one run, in a new process or in `trainer`, which waits. `limit`: the most seconds that it may take."""
     with tempfile.TemporaryDirectory() as holder:
         folder = Path(holder) / "run"
         lay_out(folder, model, work)
@@ -166,7 +166,7 @@ def measure(
 
 
 def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str], skip: int) -> dict[str, Any]:
-    """The figures of a run's messages and log; of one that was cut off after `skip` steps, those it had."""
+    """Returns the figures of a run from its messages and log; a run cut off after `skip` steps gives those it had."""
     steps = [message for message in said if message["type"] == "step"]
     done = bool(said) and said[-1]["type"] == "finished"
     if len(steps) < skip + 2:

@@ -1,7 +1,7 @@
-"""From a job's submission to its first step, with an idle worker: `python -m bench.latency`.
+"""Measures the time from a job's submission to its first step, with an idle worker: `python -m bench.latency`.
 
-Every time but the request's own is the database's: of the job's events, its attempt and its first metric, which is
-written up to a second after the step.
+Every time but the request's own comes from the database: from the job's events, its attempt and its first metric,
+which is written up to a second after the step.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from tunery.local.stack import Stack
 
 JOBS = 10
 GOAL_SECONDS = 1.0
-"""Of queueing, while a worker is idle."""
+"""The longest time in the queue while a worker is idle."""
 
 
 def one(stack: Stack, client: httpx2.Client, training_file: str) -> dict[str, float]:

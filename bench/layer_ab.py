@@ -1,9 +1,10 @@
-"""What each choice of the kernels changes in a forward and backward pass of a few layers and the head, on one card.
+"""Measures what each choice in the kernels changes in a pass through a few layers and the head, on one card.
 
 `python -m bench.layer_ab OUT.json [--works llama3-8b:qlora ...] [--layers 4] [--rows 4] [--length 1904]`. The layers
-are random and built by a job's own code; every arm runs the same batch. The time is that of replays of a CUDA graph, so
-it is the device's alone; `step` extrapolates it to all layers of the shape. Every arm's loss and gradients are compared
-with those of the first arm. Needs a GPU; on a CPU it only shows that every arm runs and computes the same.
+are random and built by a job's own code; every arm runs the same batch, forward and backward. The time is that of
+replays of a CUDA graph, so it is the device's alone; `step` extrapolates it to all layers of the shape. Every arm's
+loss and gradients are compared with those of the first arm. Needs a GPU; on a CPU it only shows that every arm runs and
+computes the same.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def chosen(arm: str) -> Iterator[None]:
 
 
 def build(folder: Path, technique: str, device: torch.device) -> Objective:
-    """The model as a job has it at its start, but for adapters that change something."""
+    """Returns the model as a job has it at its start, except that its adapters change something."""
     recipe, spec = RECIPES[technique], TECHNIQUES[technique]
     precision = decide(spec, device.type)
     base = recipe.load_base(folder, precision, device)
@@ -67,7 +68,7 @@ def build(folder: Path, technique: str, device: torch.device) -> Objective:
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The median of replays of a graph of `run`, which has been run before."""
+    """Returns the median time of replays of a CUDA graph of `run`, which has been run before."""
     if device.type != "cuda":
         return 0.0
     graph = torch.cuda.CUDAGraph()
@@ -98,14 +99,14 @@ def head_pass(objective: Objective, batch: Batch) -> Callable[[], None]:
 
 
 def one_pass(objective: Objective, batch: Batch) -> tuple[float, Tensor]:
-    """The loss and all gradients of one pass."""
+    """Returns the loss and all gradients of one pass."""
     objective.zero_grad(set_to_none=True)
     loss = float(forward_backward(objective, batch, SCALE)[0])
     return loss, torch.cat([p.grad.flatten().float() for p in objective.parameters() if p.grad is not None])
 
 
 def measure(objective: Objective, batch: Batch, layers: tuple[int, int], repeats: int) -> dict[str, Any]:
-    """`layers`: how many there are, and how many the whole shape has."""
+    """Returns the figures of one arm. `layers`: how many there are, and how many the whole shape has."""
     device = batch.input_ids.device
     run_head = head_pass(objective, batch)
     run_head()
@@ -124,7 +125,7 @@ def measure(objective: Objective, batch: Batch, layers: tuple[int, int], repeats
 
 
 def kernels(objective: Objective, batch: Batch, most: int = 30) -> list[tuple[str, int, float]]:
-    """Each kernel's name, launches and milliseconds in one pass, the longest first."""
+    """Returns each kernel's name, launches and milliseconds in one pass, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

@@ -1,4 +1,4 @@
-"""One long prompt beside many short ones: in the passes of all, and in passes of its own.
+"""Measures one long prompt beside many short ones, in passes shared by all rows and in passes of its own.
 
     python -m bench.long_row OUT.json [--shape 135m|8b] [--device cuda]
 
@@ -35,11 +35,11 @@ SHAPES = {
 }
 SHORT, ROWS = 100, 16
 APART = {"together": 10**9, "apart": None}
-"""From how many tokens rows have passes of their own; None: the server's choice."""
+"""The number of tokens from which a row has passes of its own; None: the server's choice."""
 
 
 def measure(model: Any, long_tokens: int | None, longest: int, steps: int) -> dict[str, Any]:
-    """Returns the seconds of the fastest step of all rows, and the memory of their keys and values."""
+    """Returns the seconds of the fastest step of all rows together, and the memory of their keys and values."""
     batch = Batch(model, None, CacheMemory(64 * 2**30), long_tokens=long_tokens)
     lengths = [longest, *[SHORT] * (ROWS - 1)]
     prompts = [[(131 * i + n) % VOCABULARY for n in range(length)] for i, length in enumerate(lengths)]

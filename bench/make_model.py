@@ -1,6 +1,6 @@
-"""A random checkpoint of a known shape with a small tokenizer, so that every trainer loads the same files.
+"""Writes a random checkpoint of a known shape with a small tokenizer, so that every trainer loads the same files.
 
-`python bench/make_model.py FOLDER [SHAPE]`; the 8B wants a GPU (16 GB and about 20 s).
+`python bench/make_model.py FOLDER [SHAPE]`; the 8B needs a GPU (16 GB and about 20 s).
 """
 
 import json

@@ -1,9 +1,9 @@
-"""The measured peak of memory of whole runs, each in a process of its own as a job's, beside the estimate.
+"""Compares the estimated peak of memory with that of whole runs, each in a process of its own, like a job's.
 
 `python -m bench.memory BASE OUT.json [KIND ...] [--limit 480]`: BASE a folder with the config, tokenizer and chat
-template that all bases take; they are random models of known shapes, made on the spot. `memory_kinds.py` has the kinds.
+template that all bases use; the bases are random models of known shapes, made here. `memory_kinds.py` lists the kinds.
 On a GPU the peak is that of the allocator, on a CPU that of the process. OUT.json is written after every run, and a
-second invocation continues from its results; nothing is started after LIMIT seconds.
+second invocation continues from its results; no run starts after LIMIT seconds.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.jso
 
 
 def make_base(folder: Path, source: Path, shape: str) -> Path:
-    """A random model of a shape in bf16, with the tokenizer of `source`."""
+    """Writes a random model of a shape in bf16, with the tokenizer of `source`; returns its folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if folder.exists():
@@ -56,7 +56,7 @@ def make_base(folder: Path, source: Path, shape: str) -> Path:
 
 
 def write_rows(path: Path, count: int, words: int, *, pairs: bool = False) -> None:
-    """Writes rows of which nearly every token is learned; `pairs`: with two answers each."""
+    """Writes rows of which nearly every token is learned; with `pairs`, each has two answers."""
     numbers = random.Random(7)
 
     def say() -> dict[str, str]:
@@ -91,7 +91,7 @@ def lay_out(folder: Path, base: Path, kind: Kind) -> Run:
 
 
 def model_info(base: Path) -> dict[str, Any]:
-    """What the planning knows of a base."""
+    """Returns what planning knows of a base."""
     from tunery.rows.template import ChatTemplate
     from worker.trainer import coverage, inspection
 
@@ -101,8 +101,10 @@ def model_info(base: Path) -> dict[str, Any]:
 
 
 def sizes(folder: Path, run: Run) -> dict[str, int]:
-    """The sizes of a run's rows in tokens, as the trainer reads them: of its longest example, of its largest step, of
-    that step's learned tokens, of the longest prompt, and of the learned ones of the shortest sequence."""
+    """Returns sizes in tokens of a run's rows, as the trainer reads them.
+
+    They are those of the longest example, the largest step, that step's learned tokens, the longest prompt, and the
+    learned tokens of the shortest sequence."""
     from tunery.rows.template import ChatTemplate
     from worker.trainer.reading import training_rows
 
@@ -122,7 +124,7 @@ def sizes(folder: Path, run: Run) -> dict[str, int]:
 
 
 def train(folder: Path, limit: float) -> tuple[list[dict[str, Any]], int]:
-    """The trainer's messages, and the most memory that its process has had, in bytes."""
+    """Runs the trainer; returns its messages and the peak memory of its process in bytes."""
     command = [sys.executable, "-m", "worker.trainer", str(folder)]
     with (folder / "log.txt").open("wb") as log, (folder / "said.jsonl").open("wb") as said:
         plugged = os.environ | {plugins.VARIABLE: "bench.memory_phases"}
@@ -138,7 +140,7 @@ def train(folder: Path, limit: float) -> tuple[list[dict[str, Any]], int]:
 
 
 def measure(name: str, base: Path, work: Path, limit: float) -> dict[str, Any]:
-    """What came of one kind."""
+    """Returns the result of one kind's run."""
     kind, folder = KINDS[name], work / name.replace(" ", "-")
     run = lay_out(folder, base, kind)
     began = time.monotonic()
@@ -163,7 +165,7 @@ def measure(name: str, base: Path, work: Path, limit: float) -> dict[str, Any]:
 
 
 def chosen(names: list[str]) -> list[str]:
-    """The kinds asked for, or all that this machine's devices can run."""
+    """Returns the requested kinds, or all that this machine's devices can run."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return names or [name for name, kind in (GPU_KINDS if gpus else CPU_KINDS).items() if kind.gpus <= max(1, gpus)]
 
@@ -179,7 +181,7 @@ def main() -> None:
 
 
 def measure_all(source: Path, out: Path, names: list[str], end: float) -> None:
-    """Measures each kind that `out` does not hold yet, and writes it there; begins none after `end`."""
+    """Measures each kind that `out` does not have yet and writes it there; starts none after `end`."""
     known = json.loads(out.read_text())["runs"] if out.exists() else []
     runs = [found for found in known if "failed" not in found]
     with tempfile.TemporaryDirectory() as holder:

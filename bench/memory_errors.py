@@ -1,8 +1,8 @@
-"""The memory estimate beside recorded peaks: `python -m bench.memory_errors [RUNS.json ...]`.
+"""Compares the memory estimate with recorded peaks: `python -m bench.memory_errors [RUNS.json ...]`.
 
-RUNS are files of bench/memory.py, judged in place of the recorded ones. Two constants stand in no code, cuBLAS's
-workspace and a CPU's process: they are fitted on every other record and judged on the others; all else is counted.
-Prints every record with its error, and both halves' worst.
+RUNS are files of bench/memory.py, judged in place of the recorded ones. Two constants follow from no code: cuBLAS's
+workspace and the process on a CPU. They are fitted on every other record and judged on the rest; all else is counted.
+Prints every record with its error, and the range of errors of both halves.
 """
 
 import json
@@ -25,11 +25,11 @@ _TECHNIQUE: TypeAdapter[Technique] = TypeAdapter(Technique)
 _BESIDE = 10
 """Tokens of a row that are not learned, in files of bench/memory.py that do not say how many are."""
 _PROMPT = 30
-"""Of such a row, up to its first learned token."""
+"""Tokens of such a row before its first learned one."""
 
 
 def load(*paths: Path) -> list[dict[str, Any]]:
-    """The records, each with its base's model info; or those of files of bench/memory.py alone."""
+    """Returns the records, each with its base's model info; with `paths`, only those of these files."""
     said = json.loads((RESULTS / "memory_records.json").read_text())
     gathered = [{**record, "facts": said["bases"][record["base"]]} for record in said["records"]]
     files = paths or [RESULTS / name for name in RUNS if (RESULTS / name).exists()]
@@ -39,7 +39,7 @@ def load(*paths: Path) -> list[dict[str, Any]]:
 
 
 def of_run(run: dict[str, Any]) -> dict[str, Any]:
-    """A record of a run of bench/memory.py, whose examples are all of about one length."""
+    """Returns the record of a run of bench/memory.py, whose examples all have about the same length."""
     asked, longest = run["run"], run["longest"]
     sharded = asked["sharding"] == "full_shard"
     whole = -(-run["step_tokens"] // asked["gpus"])
@@ -75,19 +75,19 @@ def setting(record: dict[str, Any]) -> Setting:
 
 
 def estimate(record: dict[str, Any]) -> Estimate:
-    """The peak of the step that the record's run took; on a CPU with its process, of which all was measured."""
+    """Estimates the peak of the step that the record's run took; on a CPU with the process, which was measured too."""
     of = setting(record)
     found = peak.peak(of, Step(**record["step"]))
     return found if of.device == "cuda" else Estimate(found.parts | {"fixed": PROCESS_BYTES["cpu"]})
 
 
 def error(record: dict[str, Any]) -> float:
-    """The share by which the estimate is above the measured peak; below 0 where it is under it."""
+    """Returns the estimate's relative error: negative where it is below the measured peak."""
     return estimate(record).bytes / record["measured"] - 1
 
 
 def bound(record: dict[str, Any]) -> int:
-    """The least that a run with one token a row would have, measured as the record was."""
+    """Returns the estimate for a run with one token a row, the least possible, counted as the record was measured."""
     of = setting(record)
     found = memory.estimate(
         record["facts"],
@@ -101,7 +101,7 @@ def bound(record: dict[str, Any]) -> int:
 
 
 def fit(records: list[dict[str, Any]], device: str) -> int:
-    """A device's constant in bytes, of whole 8 MB or MiB, with the smallest sum of squared errors."""
+    """Returns a device's constant in bytes, in steps of 8 MB or MiB, with the smallest sum of squared errors."""
     own = [record for record in records if record.get("device", "cuda") == device]
     before = peak.WORKSPACE, PROCESS_BYTES["cpu"]
     found = {}

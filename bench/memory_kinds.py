@@ -1,6 +1,6 @@
 """The runs that bench/memory.py measures: shapes of bases, and what is trained on them.
 
-On a GPU the kinds come first of which there are the fewest records, so that a run that is cut off has measured those.
+On a GPU the kinds with the fewest records come first, so that a bench that is cut off has measured those.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One run: rows of about `words` tokens, `batch` a step. `scores`: a test file is answered before and after."""
+    """One run: rows of about `words` tokens, `batch` a step. `scores`: it answers a test file before and after."""
 
     shape: str
     technique: Technique

@@ -1,10 +1,10 @@
-"""What the service costs over the trainer by hand on the same run directory: `python -m bench.overhead [ROWS [PAIRS]]`.
+"""Measures what the service adds to the trainer started by hand: `python -m bench.overhead [ROWS [PAIRS]]`.
 
-Each pair is a job through the API and `python -m worker.trainer` on a directory laid out for that very job. The cost
-has two parts, neither of which a busy machine blurs: the seconds around the run (from the claim to the stored model,
-less the run itself; by hand from the process's start to its end, less the run), and the CPU time of all service
-processes while the job ran, as a share of what the machine has, which is what it takes from a trainer that uses every
-core. The steps' own seconds are recorded with the machine's load; on an idle machine they tell the same.
+Each pair is a job through the API and `python -m worker.trainer` on a run directory laid out for the same job. The cost
+has two parts, and a busy machine blurs neither. One is the seconds around the run: from the claim to the stored model,
+less the run itself; by hand from the process's start to its end, less the run. The other is the CPU time of all service
+processes while the job ran, as a fraction of the machine's, which is what a trainer that uses every core loses. The
+steps' own seconds are recorded with the machine's load; on an idle machine they show the same cost.
 """
 
 import json
@@ -33,7 +33,7 @@ from worker.supervisor import staging
 from worker.supervisor.process import MARK, environment
 
 GOAL = 0.02
-"""Share of the run's time."""
+"""The highest cost, as a fraction of the run's time."""
 
 
 def by_service(stack: Stack, client: httpx2.Client, training_file: str) -> tuple[str, dict[str, float]]:
@@ -58,7 +58,7 @@ def by_service(stack: Stack, client: httpx2.Client, training_file: str) -> tuple
 
 
 def by_hand(job_id: str, folder: Path) -> dict[str, float]:
-    """The trainer alone, as the supervisor would start it."""
+    """Runs the trainer alone, as the supervisor would start it; returns its times."""
     settings = get_settings()
     with db.transaction() as session:
         needs = staging.needs_of(session, session.get_one(Job, job_id))
@@ -87,7 +87,7 @@ def _job(job_id: str) -> Job:
 
 
 def _cpu_seconds(stack: Stack) -> float:
-    """Of everything that belongs to the stack, the trainers apart."""
+    """Returns the CPU seconds of all processes of the stack except its trainers."""
     mark = json.loads((stack.home / "stack.json").read_text())["mark"]
     servers = [psutil.Process(pid) for pid in (stack.postgres.pid, stack.valkey.pid) if pid]
     ours = [
@@ -121,7 +121,7 @@ def main() -> int:
     )
     fractions = [run["service"]["service_cpu"] / (os.cpu_count() or 1) / run["service"]["run"] for run in runs]
     shortest = min(run["service"]["run"] for run in runs)
-    cost = statistics.median(fractions) + max(0.0, around) / shortest  # the noise of two starts is no gain
+    cost = statistics.median(fractions) + max(0.0, around) / shortest  # a negative difference is noise of the starts
     found = {
         "what": "seconds; LoRA r 16 on the CPU, one epoch, batch 8",
         "base": service.BASE,

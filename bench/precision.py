@@ -1,9 +1,9 @@
-"""What a run learns in two precisions, on a GPU: its exact matches on held-out rows, over several seeds.
+"""Compares what runs learn in two precisions, on a GPU: their exact matches on held-out rows, over several seeds.
 
 `python -m bench.precision TECHNIQUE BASE OUT.json [options]`: BASE a converted SmolLM2-135M-Instruct. `full`: bf16 with
-stochastic rounding beside fp32 masters. `lora`: frozen products in e4m3, of layers of any size, beside bf16. The
-trainer trains, as in a job, on the SNIPS and Banking rows of the examples, several runs at once on one card, so that
-their times say nothing.
+stochastic rounding, and fp32 masters. `lora`: frozen products in e4m3, in layers of any size, and in bf16. The trainer
+trains, as in a job, on the SNIPS and Banking rows of the examples, several runs at once on one card, so their times
+mean nothing.
 """
 
 import argparse
@@ -23,11 +23,11 @@ PRECISIONS: dict[str, dict[str, Technique]] = {
     "lora": {"e4m3": Lora(precision="fp8"), "bf16": Lora()},
 }
 ALL_SIZES = "from worker.trainer.kernels import fp8; fp8.LEAST_SIDE = 16"
-"""A small model's layers are over before eight bits pay off: a job leaves them in bf16."""
+"""Lets layers of any size compute in eight bits: a job keeps a small model's in bf16, as eight bits do not pay off."""
 
 
 def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-    """The table: a line for each task."""
+    """Yields the table, with a line for each task."""
     yield f"| task | epochs | seeds | exact, {names[0]} | exact, {names[1]} | difference | valid loss, both |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for task in dict.fromkeys(run["task"] for run in runs):

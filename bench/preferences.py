@@ -1,8 +1,8 @@
-"""Preference tuning beside TRL's DPOTrainer on a CPU in fp32: same weights, rows, order, masks and settings.
+"""Compares preference tuning with TRL's DPOTrainer on a CPU in fp32: same weights, rows, order, masks and settings.
 
 `python -m bench.preferences BASE OUT.json --trl PYTHON [--steps 12] [--only RUN ...]`; BASE: a model's folder, or
-`tiny`, a random one of two layers; PYTHON: one that has TRL. Prints and records both losses of every step, relative
-difference in the loss and, where both mean the same by it, the margin's.
+`tiny`, a random one of two layers; PYTHON: one that has TRL. Prints and records both losses of every step, the largest
+relative difference of the losses and, where both define the margin alike, the margin's.
 """
 
 import json
@@ -30,7 +30,7 @@ BATCH = 4
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """Banking's questions: the right label, and that of a later row."""
+    """Returns pairs for Banking's questions: the right label, and that of a later row."""
     lines = (beside_trl.ROOT / "examples" / "banking_train.jsonl").read_text().splitlines()[: 2 * count]
     rows = [json.loads(line)["messages"] for line in lines]
     made = []
@@ -42,7 +42,7 @@ def pairs(count: int) -> list[dict[str, Any]]:
 
 
 def start(folder: Path, base: Path, name: str, steps: int) -> Training:
-    """A run directory of one epoch, with the weights that it starts from."""
+    """Prepares a run of one epoch in `folder`, with the weights that it starts from."""
     method, technique, rate = RUNS[name]
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(base.resolve())
@@ -67,7 +67,7 @@ def ours(t: Training) -> list[dict[str, float]]:
 
 
 def trl(t: Training, python: str, folder: Path) -> dict[str, Any]:
-    """What TRL makes of the same: `losses` and `versions`."""
+    """Trains the same with TRL; returns its `steps` and `versions`."""
     method = t.plan.method.decided()
     assert isinstance(method, Dpo)
     drawn = [i for step in range(1, t.total_steps + 1) for i in rows_of_step(len(t.rows.examples), step, BATCH, 0)]
@@ -85,14 +85,14 @@ def trl(t: Training, python: str, folder: Path) -> dict[str, Any]:
 
 
 def _ids(rows: tuple[Row, ...]) -> dict[str, list[int]]:
-    """The prompt's ids and both answers'; what follows an answer is learned by neither."""
+    """Returns the ids of the prompt and of both answers, without what follows an answer: neither trainer learns it."""
     prompt = next(i for i, label in enumerate(rows[0].labels) if label >= 0)
     answers = [[label for label in row.labels if label >= 0] for row in rows]
     return {"prompt_ids": rows[0].input_ids[:prompt], "chosen_ids": answers[0], "rejected_ids": answers[1]}
 
 
 def compare(base: Path, name: str, python: str, steps: int) -> dict[str, Any]:
-    """One run of both."""
+    """Runs both trainers; returns their steps and the largest differences."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         t = start(folder / "run", base, name, steps)
@@ -102,7 +102,7 @@ def compare(base: Path, name: str, python: str, steps: int) -> dict[str, Any]:
         mine = ours(t)
     both = list(zip(mine, theirs["steps"], strict=True))
     differences = {"loss": max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in both)}
-    if name.endswith("sigmoid"):  # TRL's rewards are sums over tokens for every loss; ours are what the loss sees
+    if name.endswith("sigmoid"):  # TRL's rewards are always sums over tokens; ours are the loss's inputs
         differences["margin"] = max(abs(a["margin"] - b["margin"]) for a, b in both)
     return {
         "run": name,

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on pairs of ids, in the order given, for preferences.py: one JSON line of its losses."""
+"""Runs TRL's DPOTrainer for preferences.py on pairs of ids in the given order; prints one JSON line of its losses."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 
 class AsGiven(DPOTrainer):
-    """Takes ids as they are, one pair after the other."""
+    """Uses the ids as they are, and the pairs in their order."""
 
     def _prepare_dataset(self, dataset, *_args, **_kwargs):
         return dataset
@@ -26,7 +26,7 @@ class AsGiven(DPOTrainer):
 def main() -> None:
     given = json.loads(Path(sys.argv[1]).read_text())
     model, start = (AutoModelForCausalLM.from_pretrained(given["base"], dtype="float32") for _ in range(2))
-    if given["adapter"]:  # which is switched off for the reference
+    if given["adapter"]:  # it is switched off for the reference
         model, start = PeftModel.from_pretrained(model, given["adapter"], is_trainable=True), None
     with tempfile.TemporaryDirectory() as scratch:
         settings = DPOConfig(

@@ -1,11 +1,11 @@
-"""How fast rows are validated and tokenised, and in how much memory:
+"""Measures speed and memory of validating and tokenising rows:
 `python -m bench.prepare BASE OUT.json [--rows 1000000] [--datasets PYTHON] [--parts validation,trainer]`.
 
-BASE: a folder with SmolLM2's tokenizer.json and chat template. The rows are chats of some 1,200 bytes, no user text
-twice, made of the examples' words. Each part runs in a process of its own: the validation of a job, the trainer's own
-reading, a comparison of every row's ids with those of `tokenizers`, the stages one by one, and with PYTHON, which has
-the package `datasets`, its `map(batched=True, num_proc=2)` doing the tokenisation of the rendered texts alone. Only the
-trainer's part needs torch; the others run with jinja2, psutil, pydantic, tiktoken and tokenizers alone.
+BASE: a folder with SmolLM2's tokenizer.json and chat template. The rows are chats of some 1,200 bytes, made of the
+examples' words; no user text occurs twice. Each part runs in a process of its own: a job's validation, the trainer's
+reading, a comparison of every row's ids with those of `tokenizers`, and the stages one by one. PYTHON is one with the
+package `datasets`, whose `map(batched=True, num_proc=2)` then tokenises the rendered texts, and does nothing else. Only
+the trainer's part needs torch; the others need only jinja2, psutil, pydantic, tiktoken and tokenizers.
 """
 
 import argparse
@@ -49,13 +49,13 @@ _MAX_LENGTH = 2048
 
 
 def running_words() -> list[str]:
-    """The words of the examples' rows, each as often as it comes."""
+    """Returns the words of the examples' rows, each as often as it occurs."""
     paths = [*sorted((record.ROOT / "examples").glob("*_train.jsonl")), record.ROOT / "README.md"]
     return re.findall(r"\S+", "\n".join(path.read_text(encoding="utf-8") for path in paths))
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Chats of one or two turns; the number in each question makes it one of a kind."""
+    """Writes chats of one or two turns; a number makes each question unique."""
     dice, words = random.Random(0), running_words()
 
     def text(least: int, most: int) -> str:
@@ -81,13 +81,13 @@ def chunks(path: Path) -> Iterator[bytes]:
 
 
 def validate(path: Path, base: Path) -> dict[str, Any]:
-    """What a job's validation does with a file."""
+    """Does what a job's validation does with a file."""
     summary = check_examples(chunks(path), template=ChatTemplate.load(base), max_length=_MAX_LENGTH)
     return {"rows": summary.examples, "tokens": summary.tokens}
 
 
 def prepare(path: Path, base: Path) -> dict[str, Any]:
-    """What the trainer does with it before the model is there."""
+    """Does what the trainer does with a file before it loads the model."""
     from worker.trainer.data import read_rows
     from worker.trainer.stepper import _shared
 
@@ -97,7 +97,7 @@ def prepare(path: Path, base: Path) -> dict[str, Any]:
 
 
 def compare(path: Path, base: Path) -> dict[str, Any]:
-    """Each row's ids, special tokens by their ids and all else encoded as text, beside those that are trained on."""
+    """Compares the ids that are trained on with special tokens' ids and all other text as `tokenizers` encodes it."""
     tokenizer, template = Tokenizer.from_file(str(base / "tokenizer.json")), ChatTemplate.load(base)
     start, end = (tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
     tokenizer.encode_special_tokens = True
@@ -119,9 +119,10 @@ def compare(path: Path, base: Path) -> dict[str, Any]:
 
 
 def stages(path: Path, base: Path) -> dict[str, Any]:
-    """Microseconds of processor time a row, one stage after the other in this process, of the first rows; the least of
-    three times. The renderer's part is here too, which has processes of its own otherwise."""
-    preparers.collect_seldom()  # as the processes do that prepare rows
+    """Returns each stage's microseconds of processor time per row on the first rows: the least of three measurements.
+
+    All stages run in this process, one after the other, including the renderer's, which else has its own processes."""
+    preparers.collect_seldom()  # as processes that prepare rows do
     template = ChatTemplate.load(base)
     template.hasten()
     lines = list(islice(chunks(path), 24))
@@ -151,7 +152,7 @@ def _time(rows: list[Any], work: Callable[[], object]) -> float:
 
 
 def _render(base: Path, examples: list[Example]) -> None:
-    """What the renderer's process does."""
+    """Does what the renderer's process does."""
     environment, now = dialect.Environment(), datetime(2026, 1, 1, tzinfo=UTC)
     template = environment.from_string((base / "chat_template.jinja").read_text())
     for example in examples:
@@ -170,8 +171,8 @@ PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 
 
 class Watch:
-    """The most memory that this process and those that it started have held together, and the processor time of all,
-    those that have ended too; sampled."""
+    """Samples the peak memory of this process and its descendants together, and the processor time of all of them,
+    including those that have ended."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -209,7 +210,7 @@ class Watch:
 
 
 def measure(part: str, path: Path, base: Path) -> dict[str, Any]:
-    """Runs one part here, and says how long it took and how much it held."""
+    """Runs one part in this process; returns its result with its time and peak memory."""
     load, began = os.getloadavg()[0], time.monotonic()
     with Watch() as watch:
         found = PARTS[part](path, base)
@@ -238,7 +239,7 @@ print(json.dumps({"rows": len(rows), "seconds": round(time.monotonic() - began, 
 
 
 def write_texts(path: Path, texts: Path) -> None:
-    """The rows as ChatML, which SmolLM2's template writes."""
+    """Writes the rows as ChatML, which is what SmolLM2's template renders."""
     with texts.open("w", encoding="utf-8") as file, path.open(encoding="utf-8") as rows:
         for row in map(json.loads, rows):
             turns = (f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in row["messages"])
@@ -267,8 +268,8 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--datasets")
-    parser.add_argument("--part", choices=PARTS, help="this part alone, on the file of rows OUT")
-    parser.add_argument("--parts", default=",".join(PARTS), help="the parts that run, separated by commas")
+    parser.add_argument("--part", choices=PARTS, help="run only this part, on the file of rows OUT")
+    parser.add_argument("--parts", default=",".join(PARTS), help="the parts to run, separated by commas")
     options = parser.parse_args()
     if options.part:  # `out` is the file of rows
         print(json.dumps(measure(options.part, Path(options.out), options.base)))

@@ -1,10 +1,10 @@
-"""Quotes against what jobs took, after one calibration run: `python -m bench.quotes OUT.json [SHAPE]`.
+"""Compares quotes with what jobs took, after one calibration run: `python -m bench.quotes OUT.json [SHAPE]`.
 
-SmolLM2, or a random model of a shape of make_model's, is trained on a CPU through the API and real workers. The first
-job's run calibrates; the others have other numbers of rows, epochs, batches and held-out rows. The trainers measure the
-seconds of the processor instead of the clock's (`bench.cpu_clock`), which other work on the machine stretches, and have
-one thread, as several spend processor seconds waiting for each other: compared is what the trainer does, from its spec
-to its artifact, without imports and upload. The clock's seconds are shown too.
+SmolLM2, or a random model of one of make_model's shapes, is trained on a CPU through the API and real workers. The
+first job calibrates; the others differ in rows, epochs, batches and held-out rows. The trainers measure processor time
+(`bench.cpu_clock`), as other work on the machine stretches wall-clock time, and have one thread, as several spend
+processor time on waiting for each other. The comparison covers the trainer's work from its spec to its artifact,
+without imports and upload. The wall-clock time is shown too.
 """
 
 import itertools
@@ -29,12 +29,12 @@ from tunery.planning.workload import Counts
 from tunery.spec import Plan
 
 GOAL = 0.2
-"""The most that a job may take more or less than quoted."""
+"""The largest relative error of a quote."""
 _LINES = 400
 
 
 class Files:
-    """Rows that no other file of the bench has: what was prepared for one job would be found again by the next."""
+    """Uploads files that share no rows: rows that were prepared for one job would be reused by the next."""
 
     def __init__(self, client: httpx2.Client) -> None:
         self._client = client
@@ -45,7 +45,7 @@ class Files:
 
 
 def jobs(files: Files) -> list[tuple[str, int, dict[str, Any]]]:
-    """The calibration, and then jobs of other sizes; each with the number of its test rows."""
+    """Returns the calibration job and then jobs of other sizes, each with its number of test rows."""
     few = {"general": {"items": 20, "prompts": 4}, "max_new_tokens": 24}
     return [
         ("calibration", 8, {
@@ -70,7 +70,7 @@ def jobs(files: Files) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def run(stack: Stack, client: httpx2.Client, asked: dict[str, Any]) -> str:
-    """Submits a job and waits for its end. Its id."""
+    """Submits a job and waits for its end; returns its id."""
     job_id, _ = service.submit(client, **asked, seed=1)
     done = f"/fine_tuning/jobs/{job_id}"
     service.until(lambda: client.get(done).json()["finished_at"] is not None, stack, seconds=1800, every=0.5)
@@ -80,7 +80,7 @@ def run(stack: Stack, client: httpx2.Client, asked: dict[str, Any]) -> str:
 
 
 def measured(job_id: str, test_rows: int) -> tuple[Job, Record]:
-    """A job and its run, with the work that was known when its files had been read."""
+    """Returns a job and its run's record, with the work that was known once its files had been read."""
     with db.transaction() as session:
         job = session.get_one(Job, job_id)
         (record,) = [each for each in quoting.records(session, job, "CPU") if each.job == job_id]
@@ -104,7 +104,7 @@ def measured(job_id: str, test_rows: int) -> tuple[Job, Record]:
 
 
 def compare(what: str, job: Job, record: Record, calibration: Record) -> dict[str, Any]:
-    """What the calibration says of a job beside what it took."""
+    """Compares a job's quote from the calibration with what the job took."""
     parts = quote.seconds_of(record.work, speed.scaled(speed.of_record(calibration), calibration.work, record.work))
     expected = sum(parts.values())
     return {

@@ -1,4 +1,4 @@
-"""A bench's record: what it found, and the hardware and versions that it ran on. Imports little, for bare hosts."""
+"""Writes a bench's record: its results, hardware and package versions. Imports little, so it runs on bare hosts."""
 
 import json
 import platform
@@ -27,7 +27,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of the installed ones of PACKAGES."""
+    """Returns the versions of those PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

@@ -1,7 +1,7 @@
-"""What it costs that chat templates are rendered in a process of their own. `python -m bench.rendering`
+"""Measures what rendering chat templates in a separate process costs: `python -m bench.rendering`.
 
-Renders one conversation here and there in turn and takes the least time of many rounds: the machine's other work, and
-not the exchange, is what makes a round slower.
+Renders one conversation alternately in this process and in the separate one, and takes the least time of many rounds,
+as slower rounds are due to the machine's other work, not to the exchange.
 """
 
 import json
@@ -34,7 +34,7 @@ def _microseconds(call: Callable[[], object]) -> float:
 
 
 def measure(renderings: int) -> dict[str, float]:
-    """Microseconds for one row with so many renderings."""
+    """Returns the microseconds of one row with this number of renderings."""
     now, batch = datetime.now(UTC), [ROW] * renderings
     here, there = dialect.Environment(), sandbox.Environment()
     ours, theirs = here.from_string(TEMPLATE), there.from_string(TEMPLATE)

@@ -1,8 +1,8 @@
-"""What replay of the base's own answers keeps of general ability, and what it does to the task, on three tasks.
+"""Measures how replay of the base's own answers affects general ability and the task's score, on three tasks.
 
 `python -m bench.replay BASE OUT.json [options]`: BASE a converted SmolLM2-135M-Instruct. LoRA with default settings on
 Banking, SNIPS and free text, without replay and with 3 and 10 % of it, several runs at once on each GPU. A second
-invocation continues from the results in OUT.json. Answers and scores of the base are kept beside it for all runs.
+invocation continues from the results in OUT.json. The base's answers and scores are kept next to OUT.json for all runs.
 """
 
 import argparse
@@ -25,19 +25,19 @@ FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "KL": lambda run: run["general"]["forgetting"]["kl"],
     "loss on prompts": lambda run: run["general"]["forgetting"]["nll_change"],
 }
-"""By name: points of the task's score, points of general accuracy against the base, nats per token."""
+"""Figures by name: points of the task's score, points of general accuracy against the base, nats per token."""
 Runs = list[dict[str, Any]]
 
 
 def task_score(run: dict[str, Any]) -> float:
-    """Exact matches, or of free text its primary metric."""
+    """Returns the exact matches, or for free text the primary metric."""
     if run["task"] == "utterances":
         return float(run["metrics"][run["primary"]]["tuned"])
     return float(run["exact_tuned"])
 
 
 def lines(runs: Runs) -> Iterator[str]:
-    """A row for each task and share, then of each share all runs, and in pairs their differences from no replay."""
+    """Yields a row for each task and share, then for each share all runs and the paired differences from no replay."""
     yield f"| task | replay | runs | {' | '.join(FIGURES)} |"
     yield f"| --- | --- | --- |{' --- |' * len(FIGURES)}"
     good = [run for run in runs if "failed" not in run]
@@ -55,7 +55,7 @@ def lines(runs: Runs) -> Iterator[str]:
 
 
 def _pairs(runs: Runs, share: float) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each run of that share with the run of no replay on the same task and seed."""
+    """Yields each run of that share with the run without replay on the same task and seed."""
     for run in (run for run in runs if run["point"]["share"] == share):
         yield from ((run, other) for other in runs if other["point"] == {**run["point"], "share": None})
 
@@ -71,7 +71,7 @@ def _shown(values: list[float]) -> str:
 
 
 def host(base: Path, folder: Path) -> Path:
-    """The base as a host keeps one, with its content's hash, by which its scores and answers are known again."""
+    """Lays out the base as a host keeps one, with its content's hash, by which its scores and answers are found."""
     here = folder / base.name
     if not (here / "manifest.json").exists():
         here.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What `tunery files report` finds of injected faults, and how long it takes:
+"""Measures which injected faults `tunery files report` finds, and how long it takes:
 `python -m bench.report FREE.jsonl [SEEDS [SPEED_ROWS [FIRST_SEED]]]`.
 
-Three files are judged: FREE.jsonl's chat rows with free-form answers beside the labelled ones of examples/, of Banking
-and of SNIPS, and alone. Features were chosen on seeds below 420. With no SPEED_ROWS the record keeps its time.
+Three files are judged: FREE.jsonl's chat rows with free-form answers, mixed with Banking's labelled rows of examples/,
+with those of SNIPS, and alone. Features were chosen on seeds below 420. If SPEED_ROWS is 0, the record keeps its time.
 """
 
 import json
@@ -24,7 +24,7 @@ LABELLED, FREE, TEST = 330, 170, 200
 FILES = ("banking", "snips", "free")
 OF_LABELS = ("contradiction", "mislabelled")
 SHORTEST = 25
-"""Characters of a free answer: a part of a shorter one is mostly a whole answer too."""
+"""The least characters of a free answer: a part of a shorter one is often a whole answer too."""
 LABELS = (("test", TEST), ("train", LABELLED))
 GOALS = {"contradiction": (0.85, 0.80), "mislabelled": (0.0, 0.0)}
 GOAL = (0.95, 0.95)
@@ -38,7 +38,7 @@ def read(path: Path) -> list[injector.Row]:
 
 
 def apart(rows: Sequence[injector.Row], count: int, taken: list[set[str]], least: int = 0) -> list[injector.Row]:
-    """The first `count` rows whose question shares at most 55 % of its three-character runs with no other."""
+    """Returns the first `count` rows whose question shares at most 55 % of its three-character runs with any other."""
     found = []
     for row in rows:
         text = injector.user(row)["content"].lower()
@@ -55,7 +55,7 @@ def apart(rows: Sequence[injector.Row], count: int, taken: list[set[str]], least
 
 
 def judge(seed: int, free: Path, folder: Path, file: str) -> dict[str, dict[str, int]]:
-    """Hits, misses and false alarms of each kind for the faults of one seed in one of FILES."""
+    """Returns hits, misses and false alarms of each kind for the faults of one seed in one of FILES."""
     dice = random.Random(seed)
     taken: list[set[str]] = []
 
@@ -95,7 +95,7 @@ def score(dirty: injector.Dirty, report: Report) -> dict[str, dict[str, int]]:
 
 
 def pool(seeds: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, Any]]:
-    """Precision and recall of each kind over all seeds; for wrong labels also the precision of the first k."""
+    """Returns precision and recall of each kind over all seeds; for wrong labels also the precision at k."""
     pooled: dict[str, dict[str, Any]] = {}
     for kind in seeds[0]:
         sums = {name: sum(seed[kind][name] for seed in seeds) for name in ("faults", "hits", "false", "first")}
@@ -113,7 +113,7 @@ def met(pooled: dict[str, dict[str, Any]]) -> bool:
 
 
 def time_report(rows: int, folder: Path) -> dict[str, Any]:
-    """Seconds and peak memory of a report on many distinct rows, a tenth of them near-duplicates, with leaks."""
+    """Measures time and peak memory of a report on many rows, a tenth of them near-duplicates, with leaks."""
     dice = random.Random(0)
     words = sorted(
         {
@@ -146,7 +146,7 @@ def time_report(rows: int, folder: Path) -> dict[str, Any]:
 
 
 def recorded(part: str) -> Any:
-    """A part of the record that stands, which a run without it keeps."""
+    """Returns a part of the existing record, which a run that does not measure it keeps."""
     return json.loads((service.RESULTS / RECORD).read_text(encoding="utf-8"))[part]
 
 

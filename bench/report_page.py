@@ -1,5 +1,5 @@
-"""How soon the page of a report on 100,000 rows opens in Chromium, every row in a finding: `python -m bench.report_page
-[SCREENSHOT.png]`. Needs chromium and chromedriver."""
+"""Measures how fast Chromium opens the page of a report on 100,000 rows, each of them in a finding:
+`python -m bench.report_page [SCREENSHOT.png]`. Needs chromium and chromedriver."""
 
 import json
 import os
@@ -28,7 +28,7 @@ return {dom: page.domContentLoadedEventEnd, loaded: page.loadEventEnd, painted: 
 
 
 def written(path: Path) -> Path:
-    """The page of a report that names each row."""
+    """Writes the page of a report that names every row; returns its path."""
     why, action = "Questions and answers are nearly the same.", "Keep one of them."
     findings = [Finding("near_duplicate", [at, at + 1], 0.9, why, action) for at in range(1, ROWS, 2)]
     path.write_text(
@@ -39,7 +39,7 @@ def written(path: Path) -> Path:
 
 
 def opened(file: Path, screenshot: Path | None) -> dict[str, float]:
-    """Seconds from the navigation to the page's events, in a browser of its own."""
+    """Returns the seconds from the navigation to each of the page's events, in a new browser."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for flag in FLAGS:

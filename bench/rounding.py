@@ -1,7 +1,8 @@
-"""How far rounding in bf16 changes greedy answers: `python -m bench.rounding BASE OUT.json`.
+"""Measures how rounding in bf16 changes greedy answers: `python -m bench.rounding BASE OUT.json`.
 
 The same prompts are answered in batches of sixteen and one by one. Where an answer changes, rounding has chosen between
-its first two differing tokens: how far apart are their logits? `worker/server/parity.py` counts such tokens as ties.
+its first two differing tokens; the bench records the gap between their logits. `worker/server/parity.py` counts such
+tokens as ties.
 """
 
 import json
@@ -20,7 +21,7 @@ from worker.trainer.replay import prompts
 ROWS, TOKENS, BATCH = 28, 40, 16
 
 Answer = tuple[list[int], list[torch.Tensor]]
-"""Tokens, and the logits that each was chosen by."""
+"""The tokens of an answer, and the logits from which each was chosen."""
 
 
 def answer(model: Any, asked: list[list[int]], stop: int) -> list[Answer]:
@@ -38,7 +39,7 @@ def answer(model: Any, asked: list[list[int]], stop: int) -> list[Answer]:
 
 
 def compare(together: Answer, alone: Answer) -> dict[str, float] | None:
-    """Returns the place of the first differing token, and the gap between both tokens' logits in `alone`."""
+    """Returns the position of the first differing token, and the gap between both tokens' logits in `alone`."""
     pairs = enumerate(zip(together[0], alone[0], strict=False))
     place = next((place for place, (one, other) in pairs if one != other), None)
     if place is None:

@@ -1,4 +1,4 @@
-"""What the service's benches share: an embedded stack with SmolLM2 in it, and jobs through the API."""
+"""Shared parts of the service's benches: an embedded stack with SmolLM2 in it, and jobs through the API."""
 
 import os
 import time
@@ -23,7 +23,7 @@ BASE = "smollm2-135m-instruct"
 
 @contextmanager
 def running(home: Path, source: Path | None = None) -> Iterator[tuple[Stack, httpx2.Client]]:
-    """A stack with everyday settings, SmolLM2 or the base in `source` in it as BASE, and a client with its key."""
+    """Yields a stack with everyday settings that has SmolLM2 or the base in `source` as BASE, and its client."""
     stack = Stack(home, port=0)
     try:
         with stack:
@@ -64,7 +64,7 @@ def banking(rows: int) -> list[str]:
 
 
 def submit(client: httpx2.Client, training_file: str, **fields: Any) -> tuple[str, float]:
-    """The job's id, and the seconds that the answer took."""
+    """Submits a job; returns its id and the seconds until the answer."""
     began = time.monotonic()
     answer = client.post("/fine_tuning/jobs", json={"model": BASE, "training_file": training_file, **fields})
     seconds = time.monotonic() - began

@@ -1,11 +1,11 @@
-"""Many adapters on one base in the model server: memory, throughput and loading.
+"""Measures many adapters on one base in the model server: memory, throughput and loading.
 
     python -m bench.serving BASE OUT.json [--rank 16] [--tokens 32] [--rounds 5]
     python -m bench.serving --shape 8b OUT.json
 
 BASE is a converted base (SmolLM2-135M). Adapters are random, on all linear layers. Everything runs on the CPU through
 the embedded back end as the model server drives it; "switching" is PEFT's `set_adapter`, one request after another.
-With `--shape` the batch alone runs on a CUDA device, on a random model of that shape in bf16.
+With `--shape` only the batch is measured, on a CUDA device with a random model of that shape in bf16.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from worker.trainer.rope import LengthRope
 
 MIXED, RESIDENT, MANY = 16, 64, 256
 REQUESTS = 96
-"""Of the traffic over MANY adapters."""
+"""Requests of the traffic over MANY adapters."""
 TURNS = 5
 QUESTION = "Explain to a new colleague which papers a customer has to bring when a lost card is replaced."
 
 
 def throughput(shop: Shop, engine: Engine, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of the same batch on the base, over as many adapters, and one at a time; in turns."""
+    """Measures tokens a second of MIXED requests: on the base, on as many adapters, and by PEFT; in alternation."""
     shop.stock(MIXED)
     base = [shop.request(None, tokens) for _ in range(MIXED)]
     mixed = [shop.request(number, tokens) for number in range(MIXED)]
@@ -64,7 +64,7 @@ def throughput(shop: Shop, engine: Engine, tokens: int, rounds: int) -> dict[str
 
 
 class Switching:
-    """One model with MIXED adapters by PEFT, which answers one request after another."""
+    """A PEFT model with MIXED adapters, which answers one request after another."""
 
     def __init__(self, shop: Shop, engine: Engine) -> None:
         answer = engine.answer(shop.request(None, 1))
@@ -92,7 +92,7 @@ class Switching:
 
     @torch.inference_mode()
     def mixed_batch(self, tokens: int) -> Took:
-        """The same rows together by PEFT's own `adapter_names`."""
+        """Answers the same rows in one batch by PEFT's own `adapter_names`."""
         ids = torch.tensor([self.prompt] * MIXED)
         begun = time.perf_counter(), time.process_time()
         self.model.generate(
@@ -107,7 +107,7 @@ class Switching:
 
 
 def memory(shop: Shop, engine: Engine) -> dict[str, Any]:
-    """Resident memory with the base alone, and with RESIDENT adapters beside it."""
+    """Measures resident memory with the base alone, and with RESIDENT adapters beside it."""
     shop.stock(RESIDENT)
     drive(engine, [shop.request(None, 2)], 1)
     base = resident()
@@ -119,7 +119,7 @@ def memory(shop: Shop, engine: Engine) -> dict[str, Any]:
 
 
 def loading(shop: Shop, engine: Engine) -> dict[str, Any]:
-    """Seconds until an adapter that is not in memory is ready to answer: fetched from storage, and from this host."""
+    """Measures the seconds until an adapter that is not in memory can answer: from storage, and from this host."""
 
     def load(engine: Engine, number: int) -> float:
         begun = time.perf_counter()
@@ -135,7 +135,7 @@ def loading(shop: Shop, engine: Engine) -> dict[str, Any]:
 
 
 def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
-    """Traffic over MANY adapters, the k-th as often as 1/k: with room for RESIDENT of them, and for all."""
+    """Measures Zipf traffic over MANY adapters (the k-th in proportion to 1/k), with room for RESIDENT and for all."""
     shop.stock(MANY)
     dice = random.Random(1)
     order = dice.choices(range(MANY), [1 / (k + 1) for k in range(MANY)], k=REQUESTS)
@@ -160,7 +160,7 @@ def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def latency(shop: Shop, engine: Engine) -> dict[str, Any]:
-    """Seconds between two tokens of one stream: on the base, with an adapter, and with the adapter merged."""
+    """Measures the seconds between two tokens of one stream: on the base, with an adapter, and with it merged."""
     shop.stock(1)
     merged = shop.publish_merged(0)
     requests = {
@@ -179,7 +179,7 @@ def latency(shop: Shop, engine: Engine) -> dict[str, Any]:
 
 
 def chats(shop: Shop, engine: Engine, tokens: int) -> dict[str, Any]:
-    """Processor seconds of each turn of four chats, whose keys are reused (within a project) or computed again."""
+    """Measures processor seconds of each turn of four chats, with keys reused (within a project) and computed again."""
     shop.stock(4)
     found: dict[str, Any] = {}
     for name, project_id in (("computed", None), ("reused", "p")):
@@ -207,10 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stages", help="of these alone, comma-separated: memory, throughput, ...")
+    parser.add_argument("--stages", help="run only these, comma-separated: memory, throughput, ...")
     parser.add_argument("--shape", choices=["8b"])
-    parser.add_argument("--streams", type=int, default=32, help="of --shape")
-    parser.add_argument("--graphs", action="store_true", help="of --shape: with CUDA graphs")
+    parser.add_argument("--streams", type=int, default=32, help="with --shape: streams of the batch")
+    parser.add_argument("--graphs", action="store_true", help="with --shape: use CUDA graphs")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -234,7 +234,7 @@ def main() -> None:
 
 
 def stages_of(shop: Shop, tokens: int, rounds: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured with a shop, in this order."""
+    """Returns the measurements by name, in the order in which they run."""
     engine = shop.engine("models")
     return {
         "memory": lambda: memory(shop, engine),
@@ -247,7 +247,7 @@ def stages_of(shop: Shop, tokens: int, rounds: int) -> dict[str, Callable[[], di
 
 
 def measure(stages: dict[str, Callable[[], dict[str, Any]]], out: Path, found: dict[str, Any]) -> None:
-    """Runs the stages, each of which is printed, added to `found` and written once it has ended."""
+    """Runs the stages; as each ends, its result is printed, added to `found` and written."""
     for name, stage in stages.items():
         begun = time.perf_counter()
         found[name] = stage()

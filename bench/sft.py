@@ -1,9 +1,9 @@
-"""Supervised tuning beside TRL's SFTTrainer on a CPU in fp32: same weights, rows, order, masks and settings.
+"""Compares supervised tuning with TRL's SFTTrainer on a CPU in fp32: same weights, rows, order, masks and settings.
 
 `python -m bench.sft BASE OUT.json --trl PYTHON [--steps 16] [--only RUN ...]`; BASE: a model's folder, or `tiny`, a
-random one of two layers; PYTHON: one that has TRL. Prints and records losses and gradients' norms of every step of
-both. Several epochs, warmup and decay of the rate, weight decay, clipping, and two micro-batches a step. TRL packs as
-its `padding_free` does: the rows of a micro-batch in one sequence.
+random one of two layers; PYTHON: one that has TRL. Prints and records both trainers' loss and gradient norm of every
+step. The runs have several epochs, warmup and decay of the learning rate, weight decay, clipping, and two micro-batches
+a step. TRL packs by `padding_free`: the rows of a micro-batch are one sequence.
 """
 
 import json
@@ -33,11 +33,11 @@ BATCH, MICRO_BATCH, EPOCHS = 8, 4, 2
 def start(
     folder: Path, base: Path, technique: Lora | Qlora | Full, rate: float, *, packing: bool = False, steps: int = 16
 ) -> Training:
-    """A run directory of Banking's questions and labels, which differ in length, with the weights it starts from."""
+    """Prepares a run on Banking's questions and labels, which differ in length, with the weights it starts from."""
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(base.resolve())
     lines = (beside_trl.ROOT / "examples" / "banking_train.jsonl").read_text().splitlines()
-    # Without the long system prompt, which says the same in every row.
+    # Without the long system prompt, which is the same in every row.
     rows = [json.loads(line)["messages"][-2:] for line in lines[: BATCH * steps // EPOCHS]]
     (folder / "data" / "train.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     plan = Plan(
@@ -62,7 +62,7 @@ def ours(t: Training) -> list[dict[str, float]]:
 
 
 def _given(t: Training, folder: Path, *, packing: bool) -> dict[str, Any]:
-    """What TRL needs to train the same."""
+    """Returns what TRL needs to train the same."""
     steps = range(1, t.total_steps + 1)
     drawn = [i for step in steps for i in rows_of_step(len(t.rows.examples), step, BATCH, t.plan.seed)]
     return {
@@ -79,7 +79,7 @@ def _given(t: Training, folder: Path, *, packing: bool) -> dict[str, Any]:
 
 
 def compare(base: Path, name: str, python: str, steps: int) -> dict[str, Any]:
-    """One run of both."""
+    """Runs both trainers; returns their steps and the largest differences."""
     technique, packing, rate = RUNS[name]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

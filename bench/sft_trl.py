@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on rows of ids, in the order given, for sft.py: one JSON line of its losses."""
+"""Runs TRL's SFTTrainer for sft.py on rows of ids in the given order; prints one JSON line of its losses."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class AsGiven(SFTTrainer):
-    """Takes ids as they are, one row after the other, at the rates given."""
+    """Uses the ids as they are, the rows in their order, and the given learning rates."""
 
     rates: list[float]
 

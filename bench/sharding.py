@@ -1,12 +1,12 @@
-"""A model in pieces on two GPUs beside a whole one on one: `python -m bench.sharding OUT.json [options]`.
+"""Compares a model sharded over two GPUs with a whole one on one GPU: `python -m bench.sharding OUT.json [options]`.
 
 Prints what each rank of a full fine-tune keeps, for the shapes of 8B, 13B and 70B on 2, 4 and 8 cards, computed on
-weights that are on no device. Then, with two GPUs: a random Llama of 1.5 billion weights is trained for a few steps,
-whole on one card and in pieces on two, by full fine-tuning and by QLoRA, with the same rows a step; and one of 8
-billion in pieces on two. Losses are compared, and each rank's memory with the table. Every run has a time limit, and
-each result is printed and written when it is there.
+meta tensors. With two GPUs it then trains a random Llama of 1.5 billion weights for a few steps, whole on one card and
+sharded over two, by full fine-tuning and by QLoRA, with the same rows a step; and one of 8 billion, sharded over two.
+Losses are compared with each other, and each rank's memory with the table. Every run has a time limit, and each result
+is printed and written as soon as the run ends.
 
-Options: `--table` prints the table alone. For a try without GPUs: `--base` a tiny model, `--steps 3`.
+Options: `--table` prints only the table. To try it without GPUs: `--base` a tiny model, `--steps 3`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tunery.spec import Full, Plan, Qlora, Resources, Run
 ROOT = Path(__file__).parents[1]
 STEPS, SEED = 6, 7
 NOISE = 0.01
-"""Relative difference of a step's loss that sums in another order may make in bf16 over a few steps."""
+"""Relative difference of a step's loss that another order of summation may cause in bf16 over a few steps."""
 TABLE = [("llama3-8b", 1), ("llama3-8b", 2), ("llama2-13b", 4), ("llama2-13b", 8), ("llama2-70b", 8), ("llama3-70b", 8)]
 GB = 1e9
 RUNS = {  # technique, rate, shape, GPUs
@@ -42,11 +42,11 @@ RUNS = {  # technique, rate, shape, GPUs
 LIMIT = 150
 """Seconds that a run may take."""
 SIZES = ("weights", "moments", "allocated", "peak", "host_bytes")
-"""What is written down of a rank. `host_bytes`: by how much its process grows until it could train, at the peak."""
+"""The figures of a rank. `host_bytes`: by how much the peak of its process's memory grows until it can train."""
 
 
 def config(shape: str) -> Any:
-    """The architecture of a shape of `make_model`."""
+    """Returns the architecture of one of `make_model`'s shapes."""
     from transformers import LlamaConfig
 
     from bench.make_model import SHAPES
@@ -59,7 +59,7 @@ def config(shape: str) -> Any:
 
 
 def table(rows: list[tuple[str, int]]) -> list[dict[str, Any]]:
-    """What each rank keeps in bf16 with 8-bit moments, and beside the pieces while a layer computes."""
+    """Returns what each rank keeps in bf16 with 8-bit moments, and what it gathers on top while a layer computes."""
     from tunery.planning.precision import decide
     from worker.trainer import layout
 
@@ -83,7 +83,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def rank(folder: Path, record: Path) -> None:
-    """One rank of a run, by the environment: trains, and writes down its losses and its memory."""
+    """Trains as the rank that the environment names, and writes its losses and its memory to `record`."""
     import torch
     from pydantic import BaseModel
 
@@ -127,7 +127,7 @@ def rank(folder: Path, record: Path) -> None:
 
 
 def carry_out(name: str, base: Path, work: Path, steps: int, card: int) -> list[dict[str, Any]]:
-    """What each rank wrote down. Raises RuntimeError with the end of a log when one does not finish."""
+    """Carries out a run; returns each rank's record. Raises RuntimeError with the logs' ends if a rank fails."""
     from tunery import processes
 
     technique, rate, _, gpus = RUNS[name]
@@ -155,7 +155,7 @@ def carry_out(name: str, base: Path, work: Path, steps: int, card: int) -> list[
 
 
 def _edit_spec(folder: Path, gpus: int) -> None:
-    """Asks for pieces, and for no files at the end of an epoch."""
+    """Edits the spec: asks for sharding on several GPUs, and for no files at the end of an epoch."""
     spec = folder / "spec.json"
     run = Run.model_validate_json(spec.read_text())
     resources = Resources(gpus=gpus, sharding="full_shard" if gpus > 1 else "auto")  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def _edit_spec(folder: Path, gpus: int) -> None:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Waits for all ranks; ends all of them at the time limit, and soon after one has failed."""
+    """Waits for all ranks; ends them at the time limit, or soon after one has failed."""
     end = time.monotonic() + LIMIT
     while time.monotonic() < end and any(process.poll() is None for process in ranks):
         if any(process.poll() for process in ranks):
@@ -177,7 +177,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is shown of a run: losses, and of each rank weights, moments and memory."""
+    """Returns the summary of a run: its losses, and each rank's weights, moments and memory."""
     sizes = [{key: each[key] for key in SIZES if key in each} for each in ranks]
     first = ranks[0]
     kept = {key: first[key] for key in ("losses", "norms", "seconds", "prepared_seconds", "memory_plan", "device")}
@@ -185,7 +185,7 @@ def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(results: list[dict[str, Any]]) -> list[str]:
-    """Sentences on what was found: losses beside those of one card, bytes beside the layout."""
+    """Returns the results as sentences: losses compared with those of one card, and each rank's bytes."""
     by_name = {found["run"]: found for found in results}
     lines = []
     for kind in ("full 1B", "qlora 1B"):

@@ -1,4 +1,4 @@
-"""A base with many adapters in storage, and answers of the embedded back end as the model server drives it."""
+"""A base with many adapters in storage, and the embedded back end, driven as the model server drives it."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ TEMPLATE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "g
 
 @dataclass(frozen=True)
 class Took:
-    """Tokens that were written, in the time of the clock and of the processor, which a busy machine blurs less."""
+    """The number of tokens written, the wall-clock time and the processor time, which a busy machine blurs less."""
 
     tokens: int
     seconds: float
@@ -35,7 +35,7 @@ class Took:
 
 
 def rates(runs: Mapping[str, Sequence[Took]]) -> dict[str, Any]:
-    """Median tokens a second of each kind of run, by the clock and by the processor."""
+    """Returns the median tokens a second of each kind of run, by wall-clock and by processor time."""
     return {
         name: {
             "tokens_per_second": round_(median(run.tokens / run.seconds for run in took)),
@@ -46,7 +46,7 @@ def rates(runs: Mapping[str, Sequence[Took]]) -> dict[str, Any]:
 
 
 def times_faster(one: Sequence[Took], other: Sequence[Took]) -> dict[str, float]:
-    """How many times the other's tokens a second a kind of run writes: the median of pairs, by both times."""
+    """Returns the ratio of two kinds' tokens a second: the median over pairs, by both times."""
     pairs = [(a, b) for a, b in zip(one, other, strict=False)]
     return {
         "clock": round_(median(a.tokens / a.seconds / (b.tokens / b.seconds) for a, b in pairs)),
@@ -55,7 +55,7 @@ def times_faster(one: Sequence[Took], other: Sequence[Took]) -> dict[str, float]
 
 
 class Shop:
-    """A base and adapters in storage, as the API would name them."""
+    """A base and adapters in storage, described as in the API's requests."""
 
     def __init__(self, root: Path, base: Path, rank: int) -> None:
         self.root, self.base = root, base
@@ -69,7 +69,7 @@ class Shop:
         return (self.root / "adapter" / "adapter_model.safetensors").stat().st_size
 
     def stock(self, count: int) -> None:
-        """Makes adapters until there are so many."""
+        """Makes adapters until there are `count`."""
         self.adapters += self._make(range(len(self.adapters), count))
 
     def _make(self, numbers: range) -> Iterator[dict[str, str]]:
@@ -93,7 +93,7 @@ class Shop:
         return {"id": name, "prefix": f"models/{name}", "manifest_sha256": sha256}
 
     def publish_merged(self, number: int) -> dict[str, str]:
-        """A whole model: the base with an adapter added to its weights."""
+        """Publishes a whole model: the base with an adapter merged into its weights."""
         model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         folder, adapter = self.root / "merged", self.adapters[number]
         prefix = adapter["prefix"]
@@ -113,7 +113,7 @@ class Shop:
         messages: Sequence[dict[str, str]] = RIVERS,
         project_id: str | None = None,
     ) -> ChatRequest:
-        """A chat with the base, an adapter on it, or a merged model."""
+        """Returns a chat request to the base, an adapter on it, or a merged model."""
         tuned = None if adapter is None else {**self.adapters[adapter], "technique": "lora"}
         if merged is not None:
             tuned = {**merged, "technique": "full"}
@@ -131,7 +131,7 @@ class Shop:
 
 
 def answer_all(engine: Engine, requests: Sequence[ChatRequest], at_once: int) -> list[tuple[Generation, str]]:
-    """Each request's answer and text, computed as `RequestQueue` drives a back end, loading in other threads."""
+    """Returns each request's answer and text, as `RequestQueue` drives a back end, loading in other threads."""
     ended: dict[int, tuple[Generation, str]] = {}
     waiting = list(reversed(list(enumerate(requests))))
     running: list[_Writing] = []
@@ -161,14 +161,14 @@ class _Writing:
         self._pieces = iter(answer)
 
     def ends(self) -> bool:
-        """Reads a piece; whether there was none."""
+        """Reads a piece; returns whether there was none."""
         piece = next(self._pieces, None)
         self.text += [] if piece is None else [piece]
         return piece is None
 
 
 def drive(engine: Engine, requests: Sequence[ChatRequest], at_once: int) -> Took:
-    """Answers all requests, at most so many at once."""
+    """Answers all requests, at most `at_once` together."""
     begun = time.perf_counter(), time.process_time()
     tokens = sum(answer.completion_tokens for answer, _ in answer_all(engine, requests, at_once))
     return Took(tokens, time.perf_counter() - begun[0], time.process_time() - begun[1])

@@ -1,4 +1,4 @@
-"""SNIPS with default settings on a GPU, and what it costs in general ability.
+"""Trains SNIPS with default settings on a GPU and measures its score and the loss of general ability.
 
 `python -m bench.snips BASE DATA OUT.json`: BASE a converted SmolLM2-135M-Instruct, DATA a folder with
 snips_{train,valid,test}.jsonl and general_mc.jsonl. Trains with the trainer itself, as a job does, then scores general
@@ -43,14 +43,14 @@ def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, trai
 
 
 def train(folder: Path, log: Path) -> list[dict[str, Any]]:
-    """The messages of a run of the trainer in its own process; they go to the file `log` as they come."""
+    """Runs the trainer in its own process and returns its messages, which are also written to `log` as they come."""
     with log.open("w") as file:
         subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], stdout=file, check=False)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def general(model: Any, tokenizer: Any, path: Path) -> float:
-    """Accuracy by the summed log-likelihood of the choices."""
+    """Returns the accuracy by the summed log-likelihood of the choices."""
     items = [json.loads(line) for line in path.read_text().splitlines()]
     pairs = []
     for number, item in enumerate(items):

@@ -1,11 +1,11 @@
-"""The rows of the table of speeds: Tunery's job path beside Unsloth or TRL with Liger, all in one call on one card.
+"""Measures the rows of the speed table: Tunery's job path and Unsloth or TRL with Liger, all in one call on one card.
 
 `python -m bench.speed_table OUT.json [--rows "qlora 8b" "lora 1b" ...] [--seconds 540] [--runs 3] [--steps 50]
-[--skip 10] [--models FOLDER]`. Without `--rows` every row is measured, in the order of ROWS; RUNS times over, as far as
-the seconds allow. OUT.json is written after every measurement, so that a run that is cut off keeps what it has. The
-checkpoints are random and made here. Both stacks have the same checkpoint, rows of the same lengths and an adapter of
-the same rank on the same layers; the peers' own packages must be importable. The next process imports its packages
-while the one before it loads its model, so that `seconds` are those of a preloaded process. Needs a GPU.
+[--skip 10] [--models FOLDER]`. Without `--rows` every row is measured, in the order of ROWS, and all of them RUNS times
+as far as the seconds allow. OUT.json is written after every measurement, so that a run that is cut off keeps its
+results. The checkpoints are random and made here. All stacks have the same checkpoint, rows of the same lengths and an
+adapter of the same rank on the same layers; the peers' packages must be importable. The next process imports its
+packages while the one before it loads its model, so `seconds` are those of a preloaded process. Needs a GPU.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from bench.job_speed import DeviceMemory, Trainer, Work, measure
 from bench.train_side_by_side import hardware
 
 MOST_SECONDS = 200
-"""For one measurement, however much time is left: a stack that hangs must not take the others' time."""
+"""The limit of one measurement, however much time is left: a stack that hangs must not take the others' time."""
 LEAST_SECONDS = 30
-"""With less time left no measurement begins."""
+"""No measurement begins with less time left."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. `peer`: how the peer trains it. `leave`: the card's memory that is left free, in GiB.
+    """A row of the table. `leave`: the card's memory that is left free, in GiB.
 
     `stacks`: what is measured, Tunery first. `recompute`: whether the peers recompute activations.
     """
@@ -62,12 +62,12 @@ ROWS = {
     "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
     "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=11.5),
 }
-"""In the order in which they are measured. A short job's figure is `around_the_steps` of "lora 1b"."""
+"""The rows in the order in which they are measured. A short job's figure is `around_the_steps` of "lora 1b"."""
 
 
 @dataclass
 class Bench:
-    """What all measurements share. `over`: when the time is up."""
+    """The state that all measurements share. `over`: when the time is up."""
 
     models: Path
     over: float
@@ -85,7 +85,7 @@ class Bench:
         return min(MOST_SECONDS, self.left)
 
     def checkpoint(self, shape: str) -> Path:
-        """Returns the folder of a shape's checkpoint, which is written if it is not there."""
+        """Returns the folder of a shape's checkpoint; writes it if it is missing."""
         folder = self.models / shape
         if not (folder / "model.safetensors.index.json").exists():
             make_model.make(folder, shape)
@@ -114,7 +114,7 @@ class Measurement(Protocol):
     def run(self, bench: Bench, row: Row) -> dict[str, Any]: ...
 
     def drop(self) -> None:
-        """Ends a process that waits."""
+        """Ends a waiting process."""
 
 
 class Tunery:
@@ -201,7 +201,7 @@ def measure_all(names: list[str], runs: int, bench: Bench) -> Iterator[tuple[str
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the run in the middle of those that have a speed."""
+    """Returns the run with the median speed, of those that have one."""
     done = sorted((run for run in runs if run.get("tok_s")), key=lambda run: run["tok_s"])
     return done[len(done) // 2] if done else None
 

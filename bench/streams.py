@@ -1,6 +1,6 @@
-"""What a streamed token costs between the back end and the client: `python -m bench.streams BASE OUT.json`.
+"""Measures what a streamed token costs between the back end and the client: `python -m bench.streams BASE OUT.json`.
 
-BASE is a folder of any base; no model computes, the back end writes words. Costs are the processor's time of the API's
+BASE is a folder of any base; no model computes, as the back end writes words. Costs are the processor time of the API's
 process and of the model server's, which a busy machine does not change much.
 """
 
@@ -23,7 +23,7 @@ GOAL_SECONDS = 0.001
 
 
 def cpu(stack: Stack) -> dict[str, float]:
-    """Seconds of the processor that the API and the model server have used."""
+    """Returns the processor seconds that the API and the model server have used."""
     found = {}
     for part in stack._services:
         if part.name in ("api", "server") and part.process is not None:
@@ -33,7 +33,7 @@ def cpu(stack: Stack) -> dict[str, float]:
 
 
 def stream(client: httpx2.Client, tokens: int) -> int:
-    """Reads one stream; the words that came."""
+    """Reads one stream; returns the number of words that came, or -1 if it was not whole."""
     body = {"model": service.BASE, "messages": [{"role": "user", "content": "x"}], "max_tokens": tokens, "stream": True}
     words, whole = 0, False
     with client.stream("POST", "/chat/completions", json=body, timeout=300) as answer:

@@ -1,4 +1,4 @@
-"""Runs of the trainer on the examples' rows, as a job does them, several at once on each of a host's GPUs."""
+"""Runs the trainer on the examples' rows, as a job does, several runs at once on each of a host's GPUs."""
 
 import argparse
 import gzip
@@ -21,7 +21,7 @@ from tunery.planning import advice
 from tunery.spec import Evaluation, Gate, General, Hyperparameters, Plan, Replay, Run, Technique, TrainingSpec
 
 UTTERANCES = {"train": 1215, "valid": 200, "test": 300}
-"""Rows of the task in free text: as many to learn from as Banking has."""
+"""Rows of the task in free text: as many training rows as Banking has."""
 EXAMPLES = Path(__file__).parents[1] / "examples"
 _TRAINER = "import sys; {before}; from worker.trainer.__main__ import main; sys.exit(main())"
 _QUANTILES = (
@@ -31,16 +31,16 @@ _QUANTILES = (
 """Student's t at 0.975, by degrees of freedom from 1."""
 
 Point = dict[str, Any]
-"""What a bench varies, in JSON's types: by it a later invocation knows a run again."""
+"""What a bench varies, in JSON's types: a later invocation finds a run by it."""
 
 
 @dataclass(frozen=True)
 class Work:
     """One run. None: what a job without that setting gets. `before`: Python that the trainer runs first.
 
-    The test rows are answered by base and tuned model, or the validation rows by the tuned one alone where
-    `on_validation`. General ability is measured where there is a `gate`, or by `general`. `scores`: what the runs on a
-    base share, as those of a host do. `rows`: a folder whose files, TASK_PART.jsonl.gz, stand in for the examples'.
+    Base and tuned model answer the test rows; with `on_validation` only the tuned one answers, the validation rows.
+    General ability is measured with a `gate` or with `general`. `scores`: the folder that the runs on a base share, as
+    those of a host do. `rows`: a folder whose files, TASK_PART.jsonl.gz, replace the examples'.
     """
 
     base: Path
@@ -60,19 +60,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs may take: so many GPUs, so many runs at once on each, and seconds for one run."""
+    """What runs may take: the number of GPUs, of runs at once on each, and the seconds of one run."""
 
     gpus: int = 1
     at_once: int = 6
     limit: float = 900
 
     def each(self, works: Sequence[Work]) -> list[dict[str, Any]]:
-        """What came of each run, in the order of the works."""
+        """Returns the outcome of each run, in the order of the works."""
         found = dict(self.as_done(works))
         return [found[number] for number in range(len(works))]
 
     def as_done(self, works: Sequence[Work]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number and outcome of each run, as it ends."""
+        """Yields the number and outcome of each run as it ends."""
         free: queue.Queue[int] = queue.Queue()
         for place in range(self.gpus * self.at_once):
             free.put(place % self.gpus)
@@ -95,9 +95,9 @@ class Machine:
 
 
 def go_on(out: Path, points: Iterable[Point], work: Callable[[Point], Work], machine: Machine) -> list[dict[str, Any]]:
-    """The runs of all points, each with its `point`. What `out` holds is not run again; each run is written as it ends.
+    """Returns the runs of all points, each with its `point`; those in `out` are not repeated.
 
-    Runs that failed are tried again by the next invocation.
+    Each run is written to `out` as it ends. The next invocation repeats those that failed.
     """
     known = json.loads(out.read_text())["runs"] if out.exists() else []
     runs: list[dict[str, Any]] = [run for run in known if "failed" not in run]
@@ -117,7 +117,7 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 
 
 def brief(run: dict[str, Any]) -> str:
-    """A run's outcome in a few words."""
+    """Returns a run's outcome in a few words."""
     if "failed" in run:
         return f"failed: {run['failed']} {run['log'][-300:]}"
     score = run["exact_tuned"] if run["exact_tuned"] is not None else run["valid_score"]
@@ -125,7 +125,7 @@ def brief(run: dict[str, Any]) -> str:
 
 
 def train(work: Work, environment: dict[str, str] | None = None, limit: float | None = None) -> dict[str, Any]:
-    """What came of a run in a process of its own; `failed` and its log's end where nothing did."""
+    """Runs the trainer in its own process and returns the outcome: `failed` and the log's end if it did not finish."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "run"
         _lay_out(folder, work)
@@ -169,14 +169,14 @@ def _outcome(folder: Path, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def exact(runs: Iterable[dict[str, Any]]) -> tuple[float, str]:
-    """The mean of the runs' exact matches in percent, and its text with every run's own."""
+    """Returns the mean of the runs' exact matches in percent, and a text of it with each run's value."""
     found = [100 * run["exact_tuned"] for run in runs]
     mean = statistics.mean(found)
     return mean, f"{mean:.1f} % ({', '.join(f'{one:.1f}' for one in found)})"
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its 95 % interval by Student's t. One value alone has no bounds but infinity."""
+    """Returns the mean and its 95 % interval by Student's t, which is infinite for a single value."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, -math.inf, math.inf
@@ -198,8 +198,10 @@ def _lay_out(folder: Path, work: Work) -> None:
 
 
 def rows_of(task: str, part: str, folder: Path | None = None) -> list[str]:
-    """The lines of a part of a task: those in `folder`, where it has any, or one of the examples', or `utterances`,
-    which is SNIPS the other way round."""
+    """Returns the lines of a part of a task: those in `folder`, if it has any, or those of the examples.
+
+    The task `utterances` is SNIPS reversed.
+    """
     if folder is not None and (packed := folder / f"{task}_{part}.jsonl.gz").exists():
         return gzip.decompress(packed.read_bytes()).decode().splitlines(keepends=True)
     if task != "utterances":
@@ -208,7 +210,7 @@ def rows_of(task: str, part: str, folder: Path | None = None) -> list[str]:
 
 
 def _turned(line: str) -> str:
-    """A row that asks for the command which some JSON was made from: free text."""
+    """Returns the reverse of a row, which asks for the command from which some JSON was made: free text."""
     *_, command, answer = json.loads(line)["messages"]
     asked = f"Write what the user of a voice assistant said.\n{answer['content']}"
     turned = [{"role": "user", "content": asked}, {"role": "assistant", "content": command["content"]}]
@@ -216,7 +218,7 @@ def _turned(line: str) -> str:
 
 
 def plan(work: Work) -> Plan:
-    """The plan of a job that names the work's settings alone, by the function that plans jobs."""
+    """Returns the plan of a job with only the work's settings, by the function that plans jobs."""
     general = General(enabled=work.general or work.gate is not None)
     evaluation = Evaluation(test_file="test", general=general)
     if work.on_validation:
@@ -235,18 +237,18 @@ def plan(work: Work) -> Plan:
 
 
 def model_info(base: Path) -> dict[str, Any]:
-    """What the converter wrote of the base."""
+    """Returns what the converter wrote about the base."""
     found: dict[str, Any] = json.loads((base / "facts.json").read_text())
     return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a bench that say what its runs may take."""
+    """Adds a bench's options that say what its runs may take."""
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=6, help="runs on each GPU")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one run")
 
 
 def machine(options: argparse.Namespace) -> Machine:
-    """The machine that those options describe."""
+    """Returns the machine that those options describe."""
     return Machine(options.gpus, options.at_once, options.limit)

@@ -1,7 +1,7 @@
-"""What a trained token takes by technique and method, on a CPU: `python -m bench.technique_costs BASE OUT.json`.
+"""Measures the time per trained token of techniques and methods: `python -m bench.technique_costs BASE OUT.json`.
 
-BASE as in `bench.memory`. Every technique trains the same random model in rounds, with rows of about 120 tokens; the
-trainers measure the seconds of the processor (`bench.cpu_clock`) with one thread. A quote scales a run of another
+BASE as in `bench.memory`. Every technique trains the same random model once in each round, on rows of about 120 tokens;
+the trainers measure processor time (`bench.cpu_clock`) on a CPU with one thread. A quote scales a run of another
 technique by these ratios.
 """
 
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def seconds_a_token(folder: Path, base: Path, kind: Kind) -> float:
-    """Trains; returns the seconds of the steps but the first, over their tokens."""
+    """Trains; returns the seconds of all steps but the first, divided by their tokens."""
     memory.lay_out(folder, base, kind)
     names = os.environ | {"TUNERY_PLUGINS": "bench.cpu_clock", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], env=names, capture_output=True)

@@ -1,7 +1,7 @@
-"""Every technique on one base, with the demo's rows: what was learnt, how fast, and whether plain libraries agree.
+"""Trains each technique on one base with the demo's rows: what it learns, how fast, and whether plain libraries agree.
 
 `python -m bench.techniques BASE OUT.json [ROWS [TEST_ROWS [TECHNIQUE ...]]]`: BASE a converted model. Trains with the
-trainer itself, as a job does, one pass over ROWS rows (320) with default settings, and scores TEST_ROWS (100) held-out
+trainer itself, as a job does, one epoch of ROWS rows (320) with default settings, and scores TEST_ROWS (100) held-out
 rows. Then plain transformers and peft answer the scored rows again from the exported files. Runs on a GPU or a CPU.
 """
 
@@ -46,13 +46,13 @@ def lay_out(folder: Path, base: Path, technique: Technique, rows: int, test_rows
 
 
 def train(folder: Path) -> list[dict[str, Any]]:
-    """The messages of a run of the trainer in its own process. Its log goes to this one's standard error."""
+    """Runs the trainer in its own process and returns its messages; its log goes to this process's standard error."""
     done = subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], stdout=subprocess.PIPE, check=False)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def load_plain(name: str, folder: Path) -> Any:
-    """The exported model as plain transformers and peft load it, on the base precision that the run used."""
+    """Returns the exported model as plain transformers and peft load it, in the base precision that the run used."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if name == "full":
@@ -69,7 +69,7 @@ def load_plain(name: str, folder: Path) -> Any:
 
 
 def same_in_plain(name: str, folder: Path) -> str:
-    """How many scored rows plain `generate` answers as the scorecard has it, stopping where the files say."""
+    """Counts the scored rows that plain `generate` answers as in the scorecard, stopping where the files say."""
     scored = [json.loads(line) for line in (folder / "out/answers.jsonl").read_text().splitlines()]
     model = load_plain(name, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")

@@ -1,8 +1,8 @@
-"""The textbook's table of hours and prices beside quotes of the same runs: `python -m bench.textbook`.
+"""Compares the textbook's table of hours and prices with quotes of the same runs: `python -m bench.textbook`.
 
-Rows are taken for 2,048 tokens each, seen three times, eight a step. Nothing is measured: quotes are of the table of
-cards. The MFU that the textbook's hours imply counts four operations a token and weight of a frozen base and six of a
-full fine-tune, over the published rate of all its cards.
+Rows are assumed to have 2,048 tokens and to be seen three times, eight a step. Nothing is measured: quotes come from
+the table of cards. The MFU that the textbook's hours imply counts four operations per token and weight of a frozen base
+and six of a full fine-tune, over the published rate of all its cards.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Said:
-    """A line of the textbook: a run, and the hours and dollars that it is said to take."""
+    """A line of the textbook: a run, with the hours and dollars that it states."""
 
     base: str
     technique: Technique
@@ -57,7 +57,7 @@ TEXTBOOK = (
 
 
 def work_of(said: Said) -> Workload:
-    """The run as a workload of Tunery's."""
+    """Returns the run as Tunery's `Workload`."""
     sharding = "full_shard" if said.gpus > 1 else "replicate"
     plan = Plan(
         technique=said.technique,
@@ -73,14 +73,14 @@ def work_of(said: Said) -> Workload:
 
 
 def quoted(said: Said) -> Quote:
-    """Tunery's quote of the run, at the table's prices."""
+    """Returns Tunery's quote of the run, at the table's prices."""
     found = quote.make(work_of(said), said.card, [], Settings())
     assert found is not None, "the card is in the table"
     return found
 
 
 def implied_mfu(said: Said) -> float:
-    """The share of the cards' published rate that the textbook's hours take for granted."""
+    """Returns the fraction of the cards' published rate that the textbook's hours imply."""
     work, card = work_of(said), cards.find(said.card)
     assert card is not None, "the card is in the table"
     operations = speed.operations(work.shape, work.technique) * work.tokens
@@ -88,7 +88,7 @@ def implied_mfu(said: Said) -> float:
 
 
 def table() -> Iterator[str]:
-    """The lines of a table in Markdown."""
+    """Yields the lines of a table in Markdown."""
     yield "| run | cards | textbook | it implies an MFU of | quote: hours | quote: dollars |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for said in TEXTBOOK:

@@ -1,4 +1,4 @@
-"""Tunery's loop on fixed rows: one JSON line with tokens a second, peak memory, losses and gradient norms."""
+"""Runs Tunery's loop on fixed rows; prints one JSON line of tokens a second, peak memory, losses and gradient norms."""
 
 import argparse
 import json

@@ -10,7 +10,7 @@ SHORTEST = 31
 
 
 def lengths(kind: str, count: int) -> list[int]:
-    """Returns the tokens of `count` rows.
+    """Returns the lengths of `count` rows in tokens.
 
     `full`: LONGEST. `long`: 1,900 to 1,906. `real`: those of instruction data, log-normal with a median of 190.
     """
@@ -35,5 +35,5 @@ def rows(count: int, length: int) -> list[Row]:
 
 
 def in_order(made: list[Row]) -> list[list[int]]:
-    """The rows' tokens in the order in which Tunery's first epoch sees them."""
+    """Returns the rows' tokens in the order of Tunery's first epoch."""
     return [made[i].input_ids for i in order(len(made), SEED, 0)]

@@ -1,4 +1,4 @@
-"""Tunery beside TRL on one GPU: same checkpoint, same rows, same order, one process each; writes a JSON of all runs.
+"""Compares Tunery with TRL on one GPU: same checkpoint, rows and order, one process each; writes all runs as JSON.
 
 `python -m bench.train_side_by_side MODEL OUT.json [stack:method:ckpt ...]`; MODEL: a folder of make_model.py, whose
 name is recorded.

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer, as it is, with Liger or with Unsloth, on the same rows in the same order: one JSON line like
-train_ours.py's.
+"""Runs TRL's SFTTrainer, plain, with Liger or with Unsloth, on train_ours.py's rows in the same order.
 
-`--wait`: it imports everything, then waits for a line on standard input.
+Prints one JSON line like that of train_ours.py. `--wait`: it imports everything, then waits for a line on standard
+input.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-if "--unsloth" in sys.argv:  # it patches what is imported after it
+if "--unsloth" in sys.argv:  # it patches the packages imported after it
     os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_SKIP_TORCHVISION_CHECK="1", TRANSFORMERS_OFFLINE="1")
     from unsloth import FastLanguageModel
 
@@ -110,7 +110,7 @@ def main() -> None:
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     steps = trainer.state.max_steps
-    # Packed rows lose their order, so that only their mean a step is known.
+    # Packing changes the rows' order, so only the mean number of tokens per step is known.
     measured = made if a.packing else made[a.skip * a.bs : steps * a.bs]
     tokens = sum(map(len, measured)) * ((steps - a.skip) / steps if a.packing else 1)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -1,11 +1,11 @@
-"""One run on one GPU and on two, and killed and resumed on two: `python -m bench.two_gpus OUT.json [options]`.
+"""Compares a run on one GPU and on two, and kills and resumes it on two: `python -m bench.two_gpus OUT.json [options]`.
 
 Each run is `python -m worker.trainer RUN_DIR` in a process of its own. On two GPUs each optimizer step sees the same
-rows as on one, so losses are equal within bf16's noise; a run that was killed with SIGKILL after a snapshot goes on
-with the losses of the one that was not. Adapters are killed and resumed with dropout, each rank drawing its own.
+rows as on one, so losses are equal within bf16's noise; a run that is killed with SIGKILL after a snapshot and resumed
+has the losses of an uninterrupted run. Adapters are killed and resumed with dropout, drawn by each rank for itself.
 
-Wants two GPUs. `--base` names a base folder; without it a random Llama of 1.5 billion weights is made on the spot.
-Options for a try without GPUs: `--base` a tiny one, `--steps 6`.
+Needs two GPUs. `--base` names a base folder; without it a random Llama of 1.5 billion weights is made. To try it
+without GPUs: `--base` a tiny one, `--steps 6`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tunery.spec import Full, Lora, Plan, Qlora, Resources, Run
 ROOT = Path(__file__).parents[1]
 BATCH, SEED = 8, 7
 NOISE = 0.01
-"""Relative difference of a step's loss that different sums in bf16 may make over a run."""
+"""Relative difference of a step's loss that another order of summation may cause in bf16 over a run."""
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -54,7 +54,7 @@ def make_base(folder: Path) -> Path:
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Rows of 10 to 200 words, the last of which is the answer."""
+    """Returns rows of 10 to 200 words, the last of which is the answer."""
     numbers = random.Random(SEED)
     made = []
     for _ in range(count):
@@ -99,7 +99,7 @@ def trainer(folder: Path, gpus: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def losses(folder: Path, gpus: str) -> dict[int, protocol.Step]:
-    """The run's steps by number. Raises RuntimeError with the end of its log when it does not finish."""
+    """Runs the trainer; returns its steps by number. Raises RuntimeError with the log's end if it does not finish."""
     with trainer(folder, gpus) as process:
         assert process.stdout is not None
         said = [protocol.parse(line) for line in process.stdout]
@@ -110,7 +110,7 @@ def losses(folder: Path, gpus: str) -> dict[int, protocol.Step]:
 
 
 def killed(folder: Path, gpus: str) -> int:
-    """Kills the run two steps after its first snapshot; the last step that it reported."""
+    """Kills the run two steps after its first snapshot; returns the last step that it reported."""
     left = None
     with trainer(folder, gpus) as process:
         assert process.stdout is not None
@@ -126,7 +126,7 @@ def killed(folder: Path, gpus: str) -> int:
 
 
 def compare(found: dict[int, protocol.Step], wanted: dict[int, protocol.Step]) -> float:
-    """Largest relative difference of a step's loss."""
+    """Returns the largest relative difference of a step's loss."""
     return max(abs(found[step].train_loss / wanted[step].train_loss - 1) for step in found)
 
 
@@ -162,7 +162,7 @@ def measure(name: str, base: Path, work: Path, steps: int, gpu: str) -> dict[str
 
 
 def _save_no_more(folder: Path) -> None:
-    """Ends the snapshots of a run that goes on: those of a full fine-tune take longer than its steps."""
+    """Turns off the snapshots of a run that is resumed: those of a full fine-tune take longer than its steps."""
     spec = folder / "spec.json"
     run = Run.model_validate_json(spec.read_text())
     spec.write_text(run.model_copy(update={"snapshot_seconds": 3600.0}).model_dump_json())
@@ -219,7 +219,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as home:
         base = a.base or make_base(Path(home) / "random-1b")
         print(f"base {base} after {time.monotonic() - began:.0f} s", flush=True)
-        # All at once: what is compared are losses, and most of a run is imports, loading and writing.
+        # All at once: only losses are compared, and imports, loading and writing take most of a run.
         with ThreadPoolExecutor(len(a.techniques)) as pool:
             measuring = [pool.submit(measure, name, base, Path(home), a.steps, str(i % 2))
                          for i, name in enumerate(a.techniques)]  # fmt: skip

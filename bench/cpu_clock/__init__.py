@@ -1,1 +1,1 @@
-"""A plug-in under which trainers measure processor seconds: what a run costs, whatever else the machine does."""
+"""A plug-in with which trainers measure processor time, so that other work on the machine does not count."""

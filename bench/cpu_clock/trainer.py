@@ -1,4 +1,4 @@
-"""Gives the trainer's modules that measure a run the process's own clock, of all its threads."""
+"""Replaces the clock of the trainer's modules that measure a run by the processor time of all its threads."""
 
 import time
 from types import SimpleNamespace

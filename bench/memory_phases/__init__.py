@@ -1,4 +1,4 @@
-"""A plug-in under which a trainer logs where its peak of memory grew; `read_phases` finds it in the log."""
+"""A plug-in with which a trainer logs where its peak memory grew; `read_phases` reads it from the log."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ MARK = "peak of memory after "
 
 
 def read_phases(log: Iterable[str]) -> dict[str, int]:
-    """Returns the peak in bytes up to the end of each part of a run, for the last time that the part raised it."""
+    """Returns the peak in bytes after each part of a run that raised it, by the last time that the part did."""
     found: dict[str, int] = {}
     for line in log:
         _, marked, said = line.partition(MARK)

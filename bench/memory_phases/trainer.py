@@ -1,6 +1,6 @@
-"""Logs the peak of memory whenever a measured part of the run has raised it. Resets nothing: the run's own peak stays.
+"""Logs the peak memory whenever a measured part of the run has raised it; never resets it, as the run measures it too.
 
-On a GPU it is the allocator's, on a CPU the process's.
+On a GPU it is the allocator's peak, on a CPU the process's.
 """
 
 import logging

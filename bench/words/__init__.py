@@ -1,1 +1,1 @@
-"""A plug-in for benches: a back end of the model server that writes words without a model."""
+"""A plug-in for benches: a back end of the model server that writes words and needs no model."""

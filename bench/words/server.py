@@ -1,4 +1,4 @@
-"""As many words as a request asks for tokens, each as soon as it can be sent."""
+"""A back end that writes as many words as a request allows tokens, each as soon as it can be sent."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
