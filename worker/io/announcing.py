@@ -1,4 +1,4 @@
-"""Has the model server load adapters that became usable, before their first request."""
+"""Asks the model server to load new adapters before their first request."""
 
 import logging
 
@@ -12,13 +12,13 @@ from tunery.settings import Settings
 log = logging.getLogger(__name__)
 
 _SECONDS = 5
-"""The server answers before it loads."""
+"""Request timeout in seconds; short, since the server replies before loading."""
 
 
 class Announcer:
     """Announces the adapters that became usable since the last look.
 
-    Only a hint: one that is lost, as all before the first look are, is loaded at its first request.
+    Best effort: adapters not announced, including those that existed at start-up, load at their first request.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -27,7 +27,7 @@ class Announcer:
         self._known: set[str] | None = None
 
     def look(self) -> bool:
-        """Returns False: there is nothing more until others become usable."""
+        """Announces adapters not seen before. Always returns False: no work is left."""
         with db.transaction() as session:
             found = {one.template.id: one for one in chosen.newest_adapters(session, self._most)}
         known = set(found) if self._known is None else self._known

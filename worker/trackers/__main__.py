@@ -1,8 +1,8 @@
 """`python -m worker.trackers`: sends one run's measurements to one experiment tracker. See docs/decisions/0029.
 
-Standard input: a line with the `Order` as JSON, then one line for each measurement, and one with how the run ended.
-Keys and addresses are in the environment, under the names that the tracker's own library reads. Standard output: the
-class of the error, if there is one, without its text, which may hold an address with a password.
+Standard input: a line with the `Order` as JSON, then one line for each measurement, and a last line with the outcome;
+none means interrupted. Keys and addresses are in the environment, under the names that the tracker's own library reads.
+Standard output: the class of the error, if there is one, without its text, which may hold an address with a password.
 """
 
 import json
@@ -103,8 +103,8 @@ OPENERS: dict[str, Callable[[dict[str, Any]], Tracker]] = {"wandb": open_wandb, 
 
 
 def main() -> int:
-    """Returns the exit status: 1 if the tracker could not be reached."""
-    # Libraries print to standard output, on which only our own answer may be written.
+    """Returns 1 after any error, whose class is printed, and else 0."""
+    # Libraries print to standard output, which must have nothing but this program's answer.
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
