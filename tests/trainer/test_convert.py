@@ -300,7 +300,7 @@ def test_only_byte_pair_tokenizers_are_cut_by_a_word_rule(tmp_path: Path, monkey
 def test_gguf_whose_tokenizer_is_read_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """transformers 5.17 reads SentencePiece tokenizers in these ways."""
+    """transformers 5.17 misreads SentencePiece tokenizers in these ways."""
     path = tiny_gguf.gemma3(tmp_path / "tiny.gguf")
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     model: Any = models.Unigram([("a", -1.0)]) if fault == "unigram" else models.BPE()

@@ -72,7 +72,7 @@ def plain_loss(t: Training, examples: list[Example], start: list[list[float]], m
 @pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=["padded", "packed"])
 @pytest.mark.parametrize("method", [Dpo(), Dpo(loss="ipo", beta=0.5), Dpo(loss="dpo_norm")], ids=lambda m: m.loss)
 def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, method: Dpo, changes: dict[str, Any]) -> None:
-    """Micro-batches make no difference: the first step is one, the second eight, and the last has only two pairs."""
+    """Micro-batches make no difference: step 1 has one, step 2 four, and the last step has only two pairs."""
     t = training(tmp_path / "run", tiny, method, max_grad_norm=1e9, **changes)
     with torch.no_grad():
         start = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples]

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `pytest -m gpu tests/trainer/test_gpu.py`."""
+"""Tests that need a CUDA device: `pytest -m gpu tests/trainer/test_gpu.py`."""
 
 import math
 from pathlib import Path
@@ -110,13 +110,13 @@ def test_triton_rounds_as_the_reference_does(count: int, keep: float) -> None:
     stochastic.plain(weight, update, keep, seed, first=stochastic.BLOCK)
 
     assert not left.any()
-    # A fused multiply-add is exact where keep is 1; else its last bit of fp32 may carry into bf16 once in a long while.
+    # A fused multiply-add is exact if keep is 1; otherwise its last fp32 bit may rarely change the bf16 result.
     assert int((found != weight).sum()) <= (0 if keep == 1 else count // 1000)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["bitsandbytes", "own kernel"])
 def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On average within the noise of 8-bit moments, over steps of both signs and over chunks."""
+    """Over steps of both signs and several chunks, the means agree within the noise of 8-bit moments."""
     monkeypatch.setattr(adamw, "agrees", lambda _device: own)
     count, rate = 20_000_000, 2e-5
     ours = nn.Parameter((torch.randn(count, device="cuda") * 0.04).bfloat16())
@@ -133,13 +133,13 @@ def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path, own: bool, mon
     moved, wanted = (p.detach().float() - before for p in (ours, exact))
     for half in (slice(0, None, 2), slice(1, None, 2)):
         assert moved[half].mean().item() == pytest.approx(wanted[half].mean().item(), rel=0.01)
-    # Each weight is off by its own rounding alone: some bf16 steps at 0.04, and not by a share of the way.
+    # Each weight differs only by its own rounding, a few bf16 steps at 0.04, not by a fraction of its movement.
     assert (moved - wanted).std().item() < 5e-4
 
 
 @pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4), Full()], ids=["lora", "qlora", "full"])
 def test_branches_and_rows_score_alike(tmp_path: Path, tiny: Path, technique: Any) -> None:
-    """In bf16, through the fast path's layers: a mask of any form reaches their attention."""
+    """The attention of the fast path's layers, in bf16, must respect a mask of any form."""
     t = prepare(
         lay_out(tmp_path / "run", tiny, plan(technique=technique, learning_rate=1e-3), ROWS),
         MessageWriter(None),
@@ -159,7 +159,7 @@ def test_branches_and_rows_score_alike(tmp_path: Path, tiny: Path, technique: An
 
 @EACH_TECHNIQUE
 def test_preferences_are_learned_on_a_gpu(tmp_path: Path, tiny: Path, ear: Ear, technique: Any) -> None:
-    """The reference is measured by the pass that a step makes, so the first loss is log 2 but for bf16's rounding."""
+    """A step's own forward pass measures the reference, so the first loss is log 2 up to the rounding of bf16."""
     pairs = [
         {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": f"no {number}"}
         for number, row in enumerate(ROWS)

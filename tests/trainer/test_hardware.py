@@ -1,4 +1,4 @@
-"""What a run records of the machine that it ran on."""
+"""A run records the hardware of its machine."""
 
 from pathlib import Path
 

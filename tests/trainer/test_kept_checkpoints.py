@@ -1,4 +1,4 @@
-"""Which public checkpoints a run keeps, and what a disk that fills leaves of them."""
+"""A run keeps its best and its newest public checkpoints, and a full disk damages none of them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(8)]
 FOREIGN = [{"messages": [row["messages"][0], {"role": "assistant", "content": "ZQX JVW KYB" * 2}]} for row in ROWS[:4]]
-"""Answers of letters that ROWS never have: after a step or two they only become less likely."""
+"""Answers of letters that never occur in ROWS, so they only become less likely after a step or two."""
 
 
 def steps_kept(folder: Path) -> list[int]:
@@ -66,7 +66,7 @@ sys.exit(carry_out_and_report(Path(folder), 1, StopSignal()))
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoints", "snapshots"])
 def test_disk_that_fills_leaves_the_last_good_one_and_says_so(tmp_path: Path, tiny: Path, what: str) -> None:
-    """Files of more than 2,000 bytes cannot be written any more, as on a full disk."""
+    """A limit on file sizes stands for a full disk: no file of more than 2,000 bytes can be written."""
     settled = plan(technique=Lora(r=4), n_epochs=4, learning_rate=1e-3)
     seconds = 1e-9 if what == "snapshots" else 1e9
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, snapshot_seconds=seconds)

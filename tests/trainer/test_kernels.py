@@ -1,4 +1,4 @@
-"""Every kernel against its definition in float64, on fresh random inputs, values and gradients."""
+"""Compares values and gradients of every kernel with its definition in float64, on random inputs."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from worker.trainer.objective import Objective
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Relative error in the Euclidean norm; NaN stays NaN and fails every comparison."""
+    """Returns the relative error in the Euclidean norm; NaN stays NaN and fails every comparison."""
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm())
 
@@ -37,7 +37,7 @@ def test_chunked_cross_entropy_has_the_value_and_gradient_of_the_definition(head
     targets = torch.randint(97, (150,))
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     wanted, expected = cross_entropy.plain(exact[0] @ exact[1].t(), targets, 0.01)
-    # plain() computes in fp32 as models do; the gradient to compare with is wanted in float64
+    # plain() computes in fp32, as models do; the reference gradient has to be in float64
     (0.01 * functional.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum")).backward()
     hidden.requires_grad_()
     weight.requires_grad_(head_learns)
@@ -66,7 +66,7 @@ def test_chunked_cross_entropy_without_gradients_gives_the_same_numbers() -> Non
 
 
 def lora_layer(base: nn.Linear, dropout: float = 0.0) -> Any:
-    """A PEFT LoRA layer with random A and B on `base`."""
+    """Returns a PEFT LoRA layer with random A and B on `base`."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
     layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
     adapters.install(layer)
@@ -133,7 +133,7 @@ def test_four_bit_layer_multiplies_by_its_unpacked_weight() -> None:
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_four_bit_weight_is_unpacked_straight_into_the_type_of_the_product(nested: bool) -> None:
-    """As bitsandbytes does: by way of bf16, the exported files would answer otherwise than the model in memory."""
+    """bitsandbytes does the same; with bf16 in between, exported files would differ from the model in memory."""
     base = bitsandbytes.nn.Linear4bit(
         128, 96, bias=False, quant_type="nf4", compress_statistics=nested, compute_dtype=torch.float32
     )
@@ -170,7 +170,7 @@ def test_model_with_our_forward_computes_what_pefts_own_does(tiny: Path) -> None
 
 
 def block(bias: bool = False) -> list[projections.Layer]:
-    """Gate, up and down of a feed-forward block with adapters of their own rank and scale."""
+    """Returns gate, up and down of a feed-forward block, each with an adapter of its own rank and scale."""
     shapes = [(20, 16), (20, 16), (16, 12)]
     return [
         projections.Layer(
@@ -184,7 +184,7 @@ def block(bias: bool = False) -> list[projections.Layer]:
 
 
 def exact_product(x: Tensor, layer: projections.Layer, learnt: list[Tensor]) -> Tensor:
-    """A layer's product in float64; its adapter's copies are added to `learnt`."""
+    """Returns a layer's product in float64, and appends the float64 copies of its A and B to `learnt`."""
     a, b = (part.detach().double().requires_grad_() for part in (layer.a, layer.b))
     learnt += [a, b]
     out = projections.plain(x, layer.base.weight.double(), a, b, layer.scale)
@@ -229,10 +229,10 @@ def test_gated_block_has_the_value_and_gradients_of_the_definition(bias: bool) -
 
 
 def test_update_that_is_added_first_rounds_less() -> None:
-    """In bf16, against the order in which the product with the frozen weight is rounded before the update is added."""
+    """Otherwise bf16 rounds the product with the frozen weight before the update is added, and again after it."""
     layer = block()[2]
     layer.base.bfloat16()
-    layer.b.data *= 0.02  # an update is small beside what it is added to
+    layer.b.data *= 0.02  # updates are small compared with the frozen product
     x, b = torch.randn(400, 16).bfloat16(), layer.b.detach().bfloat16()
     a = layer.a.detach().bfloat16()
     exact = projections.plain(x.double(), layer.base.weight.double(), a.double(), b.double(), layer.scale)

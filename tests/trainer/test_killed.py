@@ -1,4 +1,4 @@
-"""A trainer that is killed from outside, at a step that nobody chose, and started again: the model is the same."""
+"""A trainer that is killed at a random step and started again produces the same model."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ EPOCHS, STEPS = 20, 80
 
 
 def _train(folder: Path, kill_after: int | None = None) -> int:
-    """The exit status of a trainer of its own; killed once it has reported a step, it has none of its own."""
+    """Runs a trainer process and returns its exit status; kills it once it has reported step `kill_after`."""
     command = [sys.executable, "-m", "worker.trainer", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        for line in iter(process.stdout.readline, ""):  # not ahead, as iterating would read
+        for line in iter(process.stdout.readline, ""):  # iterating over stdout would read ahead
             said = json.loads(line)
             if kill_after is not None and said["type"] == "step" and said["step"] >= kill_after:
                 process.send_signal(signal.SIGKILL)
@@ -47,9 +47,9 @@ def _train(folder: Path, kill_after: int | None = None) -> int:
 def test_killed_run_ends_with_the_weights_of_one_never_killed(
     tmp_path: Path, tiny: Path, technique: Any, replay: Replay | None
 ) -> None:
-    """Shuffled, packed, several micro-batches a step, dropout, in the middle of an epoch.
+    """The run has shuffled, packed rows, several micro-batches a step and dropout; a kill may be within an epoch.
 
-    TUNERY_TEST_SEED repeats what was drawn.
+    TUNERY_TEST_SEED repeats the steps that were drawn.
     """
     chosen = random.Random(f"{SEED}{technique.type}").sample(range(1, STEPS // 2), 2)
     print(f"TUNERY_TEST_SEED={SEED}: killed after steps {sorted(chosen)}")

@@ -1,4 +1,4 @@
-"""The memory plan: made by trying, smaller after running out of memory, and never another training."""
+"""The memory plan is found by trial, shrinks after running out of memory, and never changes the training."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def training(folder: Path, base: Path, **changes: Any) -> Training:
 
 
 def failing(usual: Callable[..., Any], calls: Iterable[int]) -> Callable[..., Any]:
-    """`usual`, but out of memory at those of its calls (counted from 1)."""
+    """Returns `usual` with an out-of-memory error at the given calls, counted from 1."""
     chosen, count = set(calls), 0
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -62,8 +62,11 @@ def test_constants_of_planning_are_those_of_the_trainer() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
-    """The error of a job that fits no GPU says how many hold it in pieces. The trainer's own layout, by which it plans,
-    has all that may be whole at once; the estimate what is whole beside all gradients."""
+    """The error of a job that fits no GPU names the number of GPUs that hold it sharded, from this estimate.
+
+    The trainer plans by its own layout, which counts all weights that may be whole at once; the estimate counts those
+    that are whole while all gradients exist.
+    """
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
     config = LlamaConfig(vocab_size=32_000, num_key_value_heads=40, tie_word_embeddings=False, **sizes)
     cut = layout.compute(config, decide(Full(), "cuda"), ranks)
@@ -145,7 +148,7 @@ def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: 
     t.objective.forward = failing(usual, range(1, 100))
     with pytest.raises(torch.OutOfMemoryError):
         validation.loss(t.stepper, t.valid.examples)
-    assert not t.stepper.memory.recompute  # it would make nothing smaller without a backward pass
+    assert not t.stepper.memory.recompute  # it saves nothing without a backward pass
 
 
 def test_optimizer_that_runs_out_of_memory_at_its_start_steps_again(tmp_path: Path, tiny: Path) -> None:
@@ -162,7 +165,7 @@ def test_optimizer_that_runs_out_of_memory_at_its_start_steps_again(tmp_path: Pa
 
 
 def test_optimizer_that_fails_half_way_ends_the_run(tmp_path: Path, tiny: Path) -> None:
-    """Some weights have been stepped: neither repeating the step nor leaving it out is the same training."""
+    """Some weights have already changed, so neither repeating nor skipping the step would be the same training."""
     t = training(tmp_path / "run", tiny, n_epochs=4)
     usual = t.optimizer.step
 
@@ -215,7 +218,7 @@ def test_state_that_does_not_fit_is_told_before_the_first_step(tmp_path: Path, t
 
 
 class FakeGPU:
-    """What preflight asks of a GPU: bytes that passes take, a token each, and what is free."""
+    """Answers what preflight asks of a GPU: the free bytes, and the bytes that a pass takes for each token."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, keeps: int = 100, recomputes: int = 10) -> None:
         self.free, self.keeps, self.recomputes = free, keeps, recomputes
@@ -248,9 +251,9 @@ class FakeGPU:
 @pytest.mark.parametrize(
     ("free", "sequence", "validation", "wanted"),
     [
-        (10**6, 1000, None, MemoryPlan(4000)),  # as many as a step has
-        (300_000, 1000, None, MemoryPlan(2700)),  # nine tenths of what is free
-        (150_000, 1000, None, MemoryPlan(4000, recompute=True)),  # keeping them would leave too few tokens
+        (10**6, 1000, None, MemoryPlan(4000)),  # all tokens of a step
+        (300_000, 1000, None, MemoryPlan(2700)),  # nine tenths of the free memory
+        (150_000, 1000, None, MemoryPlan(4000, recompute=True)),  # keeping activations would leave too few tokens
         (12_000, 1000, None, MemoryPlan(1080, recompute=True)),
         (9_000, 1000, None, None),
         (10**6, 1000, 200_000, None),  # the longest validation row does not fit at all

@@ -1,4 +1,4 @@
-"""A merged model predicts as its adapter on its base does; one that does not is refused."""
+"""A merged model predicts as the adapter on its base does, or is refused."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ from worker.trainer.run import carry_out
 from worker.trainer.stop_signal import StopSignal
 
 NEVER = tuple(range(6, 260))
-"""Few tokens that can be said: of many, whose logits are random, some pairs are so near that rounding swaps them."""
+"""Tokens that the model never produces: among many random logits, rounding would swap pairs that are nearly equal."""
 CPU = torch.device("cpu")
 
 
@@ -48,7 +48,7 @@ def rows(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 
 def adapter(folder: Path, base: Path, **config: Any) -> Path:
-    """A random adapter on the model in `base`."""
+    """Makes a random adapter for the model in `base`, and returns its folder."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | config
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(str(folder))
@@ -62,7 +62,7 @@ def source(base: Path, adapter: Path, precision: Precision | None = None) -> mer
 
 
 def log_probs(model: Any, rows: list[Row]) -> torch.Tensor:
-    """What the model expects after every token of the rows."""
+    """Returns the log-probabilities of the next token after every token of the rows."""
     with torch.no_grad():
         logits = [model(torch.tensor([row.input_ids])).logits[0, :-1] for row in rows]
     return torch.cat(logits).log_softmax(-1)
@@ -98,7 +98,7 @@ def test_merged_files_predict_as_the_adapter_does(
 ) -> None:
     monkeypatch.setattr(
         proof, "EQUAL", proof.Bounds(mean_kl=1e-3, top1=0.9)
-    )  # random logits are so near each other that rounding swaps some
+    )  # some random logits are so close to each other that rounding swaps them
     base = tiny_models.llama(
         tmp_path / "base", bf16=True, tie_word_embeddings=kind in ON_TIED_LAYERS, initializer_range=0.1
     )
@@ -125,7 +125,7 @@ def test_product_is_added_in_fp32_and_rounded_once(tmp_path: Path, base: Path, r
     wanted = (weight.double() + 2 * b.double() @ a.double()).to(torch.bfloat16)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found[f"{name}.weight"].dtype == torch.bfloat16
-    assert (found[f"{name}.weight"] == wanted).double().mean() > 0.999  # fp32 is near a border for some
+    assert (found[f"{name}.weight"] == wanted).double().mean() > 0.999  # a few round the other way in fp32
     others = {n: w for n, w in load_file(base / "model.safetensors").items() if "up_proj" not in n}
     assert all(torch.equal(found[n], weight) for n, weight in others.items())
 
@@ -142,7 +142,7 @@ def test_adapter_of_four_bits_is_merged_into_the_base_that_it_was_trained_on(
     assert (original["base"], dequantised["base"]) == ("original", "dequantised")
     assert record["merged_into"] == "dequantised"
     assert dequantised["from_trained"]["mean_kl"] < 1e-3 < original["from_trained"]["mean_kl"]
-    assert original["proof"]["mean_kl"] < 1e-3  # like for like, on the original base
+    assert original["proof"]["mean_kl"] < 1e-3  # both on the original base
     quantised = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True), dtype=torch.float32, device_map={"": "cpu"},
@@ -154,7 +154,7 @@ def test_adapter_of_four_bits_is_merged_into_the_base_that_it_was_trained_on(
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], Any]) -> None:
-    """The written files' largest matrix changes between export and proof."""
+    """Applies `change` to a matrix of the written files between export and proof."""
     export = merge.FULL.export
 
     def broken(model: torch.nn.Module, out: Path, name: str, weights: Any) -> None:
@@ -170,7 +170,7 @@ def test_update_below_the_grid_arrives_when_it_is_rounded_at_random() -> None:
     layer = torch.nn.Linear(512, 64, bias=False)
     layer._keep_in_fp32_modules = layer._keep_in_fp32_modules_strict = None  # type: ignore[assignment]
     on_grid = torch.empty(64, 512).uniform_(0.51, 0.99).bfloat16().float()
-    update = torch.full_like(on_grid, 2e-4)  # of neighbours 3.9e-3 apart
+    update = torch.full_like(on_grid, 2e-4)  # neighbouring bf16 values are 3.9e-3 apart
     assert torch.equal((on_grid + update).bfloat16().float(), on_grid)
     layer.weight.data = on_grid + update
 
@@ -231,7 +231,7 @@ def test_full_device_leaves_the_merge_to_the_cpu(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it on a host with a GPU")
 @pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
 def test_job_on_a_gpu_leaves_a_merged_model(tmp_path: Path, base: Path, ear: Ear, technique: Any) -> None:
-    """The trained model makes room, and four bits say the same weights as in the run."""
+    """The trained model frees its memory first, and the 4-bit base is quantised to the same weights as in the run."""
     asked = plan(technique=technique, export=Export(merged=True, gguf=["q8_0"], adapter_gguf=True), n_epochs=2)
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(24)], [chat(i) for i in range(100, 106)])
 
@@ -269,7 +269,7 @@ def test_tie_of_the_reference_is_no_difference() -> None:
 
 
 def predictions(rows: list[Row], wrong: set[int]) -> torch.Tensor:
-    """Log-probabilities whose likeliest token is the wanted one, but for the last one of the `wrong` rows."""
+    """Returns log-probabilities that predict every wanted token except the last one of the `wrong` rows."""
     found = []
     for number, row in enumerate(rows):
         wanted = [label for label in row.labels[1:] if label != -100]
@@ -284,8 +284,8 @@ def predictions(rows: list[Row], wrong: set[int]) -> torch.Tensor:
     [
         (set(), set(range(8)), True),
         (set(range(8)), set(), False),
-        (set(), {0, 1}, False),  # chance could do that
-        (set(range(24)), set(range(24)), False),  # no answer is right before
+        (set(), {0, 1}, False),  # could be chance
+        (set(range(24)), set(range(24)), False),  # no answer was right before
     ],
 )
 def test_format_is_refused_for_answers_that_chance_does_not_lose(

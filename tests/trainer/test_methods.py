@@ -1,4 +1,4 @@
-"""The contract of methods, by one whose examples are pairs of rows: kept together, and summed once over a step."""
+"""The contract of methods, with pairs as examples: an example's rows stay together, and a step divides sums once."""
 
 import importlib
 import sys
@@ -33,7 +33,7 @@ OTHER = Example((Row([9, 4], [9, 4]), Row([9, 3, 2, 1], [9, 3, IGNORED, 1])))
 
 @pytest.fixture(autouse=True)
 def pairwise() -> Iterator[None]:
-    """The plug-in, which is forgotten after the test."""
+    """Loads the plug-in, and unregisters it after the test."""
     plugins.load(["toy_pairwise.rows", "toy_pairwise"], "trainer")
     yield
     for known in (spec.METHODS, encoding.ENCODERS, registry.METHODS):
@@ -58,7 +58,7 @@ def training(folder: Path, base: Path, **changes: Any) -> Training:
 
 
 def plain_loss(t: Training, examples: list[Example]) -> torch.Tensor:
-    """The mean over pairs, a row at a time, from the model's own logits."""
+    """Returns the mean loss over pairs, from the model's logits of one row at a time."""
     losses = []
     for example in examples:
         sums = [
@@ -113,7 +113,7 @@ def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, max_tokens:
     packed = min(max_tokens, 60) if changes else None
     t.stepper.memory = MemoryPlan(max_tokens, packed_tokens=packed)
     progress = Progress()
-    for step, pairs in ((1, 4), (2, 4), (3, 2)):  # the last step is a short one
+    for step, pairs in ((1, 4), (2, 4), (3, 2)):  # the last step is short
         message, _ = _take_step(t, progress)
 
         drawn = [t.rows.examples[i] for i in data.rows_of_step(10, step, 4, t.plan.seed)]

@@ -1,4 +1,4 @@
-"""The metrics of a task: which apply, what they count, and their intervals."""
+"""The metrics of a task: which of them apply, their values and their confidence intervals."""
 
 import math
 import random
@@ -94,7 +94,7 @@ def test_field_f1_counts_paths_and_values_over_all_rows() -> None:
 
     card = card_of(asked, base, tuned)
 
-    # Wanted 4 + 1, given 4 + 1; right: a.b, a.c[0] and a.
+    # Wanted 4 + 1 and given 4 + 1 fields; a.b, a.c[0] and a are right.
     found = card.metrics["field_f1"]
     assert (found.base, found.tuned) == (0, pytest.approx(2 * 3 / 10))
     assert found.low <= found.gain <= found.high
@@ -156,13 +156,13 @@ def test_labels_are_counted_without_case_and_full_stop_and_each_alone() -> None:
 @pytest.mark.parametrize(
     ("wanted", "answer", "rouge"),
     [
-        # rouge-score 0.1.2 gives these.
+        # The values of rouge-score 0.1.2.
         ("The cat sat on the mat.", "the cat is on the mat", 0.8333333333333334),
         ("a b c d e f", "f e d c b a", 0.16666666666666666),
         ("Refunds take five working days after approval.", "After approval, refunds take about five days.",
          0.5714285714285714),
         ("x", "y", 0.0),
-        # It has no words for these.
+        # rouge-score finds no words in these.
         ("η γάτα κάθεται", "η γάτα κοιμάται", 2 / 3),
         ("猫が好き", "猫が嫌い", 0.5),
         ("...", "...", 1.0),
@@ -208,7 +208,7 @@ def test_bootstrap_is_seeded_paired_and_as_wide_as_the_normal_interval() -> None
 
     mean = sum(noise) / 400
     error = math.sqrt(sum((more - mean) ** 2 for more in noise) / 399 / 400)
-    # Unpaired it would be eight times as wide: the rows themselves differ by far more than the models.
+    # Unpaired, it would be eight times as wide, because rows differ far more than the models do.
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), rel=0.03)
     assert (low, high) == bootstrap_interval(tuned, base)
     assert (low, high) != bootstrap_interval(tuned, base, seed=1)

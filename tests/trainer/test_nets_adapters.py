@@ -1,4 +1,4 @@
-"""What PEFT is asked for, in which precision it learns, which loss it takes and what is written down."""
+"""The adapters of a run: PEFT's settings, precision, the choice of the loss, and the artifact."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_full_fine_tune_refuses_to_go_on_from_an_adapter(tmp_path: Path, tiny: P
 def test_model_that_does_more_to_its_logits_than_one_product_gets_the_textbooks_loss(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under a name that nobody has listed, as the next architecture may."""
+    """The next architecture may do so under a name that no list has, so the loss is chosen by trial."""
 
     def load(folder: Path, technique: Technique, device: torch.device) -> Any:
         model = LORA.load_base(folder, technique, device)

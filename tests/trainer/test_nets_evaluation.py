@@ -1,4 +1,4 @@
-"""Measuring a model: without dropout, without a trace in the training, and with an end to every answer."""
+"""An evaluation has no dropout, does not change the training, and ends each answer at its stop token."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def losses(t: Training) -> list[float]:
 
 
 def test_evaluating_changes_nothing_about_the_training(tmp_path: Path, tiny: Path) -> None:
-    """Dropout draws the same numbers whether or not there was an evaluation, and is on again after it."""
+    """Dropout draws the same numbers with and without an evaluation, and is active again after it."""
     settled = {"technique": DROPOUT, "n_epochs": 3, "evaluation": Evaluation(every_steps=1)}
     measured = start(tmp_path / "measured", tiny, ROWS[:4], **settled)
     found = losses(measured)
@@ -72,7 +72,7 @@ def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path,
 
 
 def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cutting a longer answer afterwards gives the same text, and costs max_new_tokens for every row."""
+    """Cutting a longer answer afterwards would give the same text, but every row would cost max_new_tokens."""
     evaluation = Evaluation(max_new_tokens=60)
     t = start(tmp_path / "run", tiny, n_epochs=30, technique=Lora(r=16), evaluation=evaluation)
     train(t, Progress())
@@ -89,7 +89,7 @@ def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch
     found = answers.generate(t, asked, base=False)
 
     assert found == [question.wanted for question in asked]
-    assert widths == [max(map(len, found)) + 1]  # a token a byte, and the stop token
+    assert widths == [max(map(len, found)) + 1]  # one token a byte, and the stop token
     assert t.objective.training
 
 
@@ -123,7 +123,7 @@ def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
     monkeypatch.setattr(answers, "_generate_batch", generate)
 
     assert answers.generate(t, asked, base=False) == wanted
-    assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]  # half of the 16 that a CPU answers at once, and half again
+    assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]  # 16 at once on a CPU, halved after each failure
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         answers.generate(t, asked, base=False)

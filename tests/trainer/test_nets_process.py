@@ -1,4 +1,4 @@
-"""How a run ends: the exit code and the last message, by which its supervisor decides whether to try again."""
+"""A run ends with an exit code and a last message, by which its supervisor decides whether to retry it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is on during a step and what is not, and what a run's record says of it."""
+"""The caches and packings that a run uses, its random state, and the record from which it can be repeated."""
 
 import json
 from importlib.metadata import version
@@ -23,7 +23,7 @@ ROWS = [chat(i) for i in range(8)]
 def test_training_and_validation_keep_no_cache_and_answers_do(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=4)), ROWS, ROWS[:2])
     t = prepare(folder, MessageWriter(None), StopSignal())
-    kept: dict[bool, set[bool]] = {True: set(), False: set()}  # by whether it was generating
+    kept: dict[bool, set[bool]] = {True: set(), False: set()}  # the values of use_cache, outside and inside generate
     generating = False
 
     def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def test_training_and_validation_keep_no_cache_and_answers_do(tmp_path: Path, ti
 
 
 def test_four_bit_layers_keep_one_packing(tmp_path: Path, tiny: Path) -> None:
-    """bitsandbytes would pack them again at the first evaluation, on CPUs that can, and round their constants."""
+    """On some CPUs, bitsandbytes would repack them at the first evaluation and round their constants."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Qlora(r=2)), ROWS), MessageWriter(None), StopSignal())
 
     layers = [module for module in t.objective.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
@@ -68,7 +68,7 @@ def test_record_says_what_it_takes_to_repeat_the_run(tmp_path: Path, tiny: Path)
 
 
 def test_seed_decides_the_first_adapters(tmp_path: Path, tiny: Path) -> None:
-    """Whatever was drawn before."""
+    """Random numbers that were drawn before make no difference."""
     first, again, other = (
         {name: p.detach().clone() for name, p in prepare(folder, MessageWriter(None), StopSignal()).parameters.items()}
         for folder in (lay_out(tmp_path / str(i), tiny, plan(seed=seed), ROWS) for i, seed in enumerate((7, 7, 8)))

@@ -1,4 +1,4 @@
-"""A resumed run has all of the state of the one that was broken off."""
+"""A resumed run has the whole state of the interrupted one."""
 
 import json
 from dataclasses import replace
@@ -17,11 +17,11 @@ from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(8)]
 FOREIGN = [{"messages": [row["messages"][0], {"role": "assistant", "content": "ZQX JVW KYB" * 2}]} for row in ROWS[:4]]
-"""Answers of letters that ROWS never have: after a step or two they only become less likely."""
+"""Answers of letters that never occur in ROWS, so they only become less likely after a step or two."""
 
 
 class BreakingOff(MessageWriter):
-    """Ends the run at a step as a lost connection would."""
+    """Raises ConnectionError at a step, like a lost connection."""
 
     def __init__(self, step: int) -> None:
         super().__init__(None)
@@ -34,7 +34,7 @@ class BreakingOff(MessageWriter):
 
 
 def test_best_step_of_before_the_break_becomes_the_model(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """On another host, too, which has the snapshot alone."""
+    """It also works on another host, which has only the snapshot."""
     settled = plan(technique=Lora(r=4), n_epochs=4, learning_rate=5e-2, select="best")
     whole, broken, elsewhere = (
         lay_out(tmp_path / name, tiny, settled, ROWS, FOREIGN, snapshot_seconds=1e-9)

@@ -1,4 +1,4 @@
-"""What one optimizer step does, against a loop of a few lines in plain transformers, peft and torch."""
+"""Compares optimizer steps with a loop of a few lines in plain transformers, peft and torch."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from worker.trainer.training import Progress, Training
 
 ROWS = [chat(i, words=2 + i % 11) for i in range(24)]
 RATES = [0.5e-2, 1e-2, 2 / 3 * 1e-2, 1 / 3 * 1e-2]
-"""One step of warmup, then straight down to zero one step after the last."""
+"""One step of warmup, then a linear decay that would reach zero one step after the last."""
 EVERYTHING = {
     "n_epochs": 4,
     "batch_size": len(ROWS),  # every step sees every row, so their order does not matter
@@ -35,7 +35,7 @@ def start(folder: Path, base: Path, **changes: Any) -> Training:
 
 
 def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-    """Four steps from the weights of `t`: each one's loss and gradient norm, and the weights that came of them."""
+    """Takes four steps from the weights of `t`. Returns each step's loss and gradient norm, and the final weights."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
     if isinstance(technique, Lora):
         config = LoraConfig(r=technique.r, lora_alpha=int(technique.alpha), target_modules="all-linear")
@@ -65,7 +65,7 @@ def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tupl
 
 @pytest.mark.parametrize("technique", [Full(), Lora(r=4, alpha=16)], ids=["full", "lora"])
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path, tiny: Path, technique: Full | Lora) -> None:
-    """Loss, clipping, weight decay, rates and updates at once; more than one micro-batch a step."""
+    """Covers loss, clipping, weight decay, rates and updates together, with several micro-batches a step."""
     t = start(tmp_path / "run", tiny, technique=technique, **EVERYTHING)
     wanted, weights = textbook(tiny, technique, t)
 
@@ -99,7 +99,7 @@ def test_weight_decay_pulls_on_matrices_alone(tmp_path: Path, tiny: Path, techni
 
 
 def test_weight_without_gradient_decays_by_the_rate_and_no_more(tmp_path: Path, tiny: Path) -> None:
-    """Decoupled decay (AdamW): added to the gradient, it would move this weight by the whole rate."""
+    """AdamW decouples the decay: added to the gradient, it would move this weight by the whole rate."""
     t = start(tmp_path / "run", tiny, technique=Full(), **EVERYTHING)
     rows = t.parameters["model.model.embed_tokens.weight"]
     unused = max(set(range(260)) - {token for row in t.rows.rows for token in row.input_ids})

@@ -1,4 +1,4 @@
-"""What each option of a run changes in its steps, against plain torch and PEFT; and that a resumed run has it too."""
+"""Compares the effect of each option on a run's steps with plain torch and PEFT, in resumed runs too."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def learned(t: Training) -> dict[str, torch.Tensor]:
 
 
 def test_lora_plus_moves_b_by_its_own_rate(tmp_path: Path, tiny: Path) -> None:
-    """Adam's first step moves each weight that has a gradient by the rate, whatever the gradient's size."""
+    """Adam's first step moves each weight with a gradient by the rate, regardless of the gradient's size."""
     settled = {"technique": Lora(r=4, lora_plus_ratio=16), "learning_rate": 1e-3, "batch_size": 8, "max_grad_norm": 1e9}
     t = start(tmp_path / "run", tiny, **settled, schedule=Schedule(type="constant", warmup_ratio=0))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_dora_begins_as_the_base(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_dora_on_a_bf16_base_is_pefts(tmp_path: Path, tiny: Path) -> None:
-    """As on a GPU: adapters in fp32 beside weights in bf16, and no kernel of ours."""
+    """As on a GPU, the adapters are in fp32 and the weights in bf16. DoRA uses none of our kernels."""
     ids = torch.tensor([[5, 60, 7, 80, 9, 100, 11]])
     models = []
     for ours in (True, False):
@@ -114,7 +114,7 @@ def compare_resumed(folder: Path, base: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_neftunes_noise_is_bounded_by_each_rows_own_length(tmp_path: Path, tiny: Path, packing: bool) -> None:
-    """Whatever the row's batch mates are; none in evaluation."""
+    """The other rows of the batch make no difference, and evaluation has no noise."""
     t = start(tmp_path / "run", tiny, neftune_noise_alpha=5.0, batch_size=8, packing=packing)
     embedding, seen = t.objective.causal.get_input_embeddings(), []
     embedding.register_forward_hook(lambda module, args, out: seen.append((args[0], out, module.weight[args[0]])))
@@ -144,7 +144,7 @@ def test_neftunes_noise_is_bounded_by_each_rows_own_length(tmp_path: Path, tiny:
 def test_eight_bit_optimizer_is_bitsandbytes_own(
     tmp_path: Path, tiny: Path, optimizer: str, technique: Technique
 ) -> None:
-    """Two steps from the same gradients; moments of 4,096 weights and more in 8 bits, an embedding's in 32."""
+    """Takes two steps from equal gradients. Moments of 4,096 or more weights are in 8 bits, an embedding's in 32."""
     t = start(tmp_path / "run", tiny, technique=technique, optimizer=optimizer, weight_decay=0.1)
     copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in t.parameters.items()}
     plain = bitsandbytes.optim.AdamW8bit(list(copies.values()), lr=1e-2, weight_decay=0.1)

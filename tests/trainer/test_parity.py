@@ -1,4 +1,4 @@
-"""The exported files answer as the model in memory did, and stop where it did; where they do not, the run fails."""
+"""The exported files answer and stop as the model in memory did; otherwise the run fails."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ TECHNIQUES = {"lora": Lora(r=4), "qlora": Qlora(r=4), "full": Full()}
 
 
 def trained(folder: Path, base: Path, technique: Any = TECHNIQUES["lora"], **changes: Any) -> Path:
-    """A run directory after its run."""
+    """Carries out a run and returns its directory."""
     rate = 1e-3 if isinstance(technique, Full) else 1e-2
     lay_out(folder, base, plan(**{"technique": technique, "learning_rate": rate} | changes), ROWS, ROWS[:4])
     assert carry_out(folder, MessageWriter(None), StopSignal())
@@ -43,19 +43,19 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def loaded(folder: Path) -> Any:
-    """The artifact as a user loads it who has only read `parity.json`."""
+    """Loads the artifact as a user who has only read `parity.json` would."""
     record, out = record_of(folder), folder / "out"
     if not (out / "adapter_config.json").exists():
         return AutoModelForCausalLM.from_pretrained(out, dtype=record["dtype"]).eval()
     config = record["quantisation"]
     options = {} if config is None else {"quantization_config": BitsAndBytesConfig(**config)}
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=record["dtype"], **options)
-    keep_one_packing(base)  # bitsandbytes' other packing takes no layers as small as these
+    keep_one_packing(base)  # bitsandbytes' other packing does not support layers as small as these
     return PeftModel.from_pretrained(base, out).eval()
 
 
 def off(model: Any, prompt: dict[str, Any]) -> float:
-    """How far a model's logits are from the recorded ones, as a share of their spread."""
+    """Returns the distance of a model's logits from the recorded ones, as a fraction of their spread."""
     with torch.no_grad():
         found = model(torch.tensor([prompt["input_ids"]])).logits[0, -1]
     wanted = torch.tensor(prompt["logits"])
@@ -77,7 +77,7 @@ def test_record_is_repeated_by_plain_transformers_and_peft(tmp_path: Path, tiny:
     for prompt in record["prompts"]:
         assert off(model, prompt) < record["tolerance"]
     if kind != "full":
-        with model.disable_adapter():  # that the adapter matters: without it the same check fails
+        with model.disable_adapter():  # the check must fail without the adapter
             assert min(off(model, prompt) for prompt in record["prompts"]) > 10 * record["tolerance"]
 
 
@@ -176,7 +176,7 @@ def halve_the_digits(out: Path) -> None:
 
 
 def broken(recipe: Recipe, breaks: Callable[[Path], None]) -> Recipe:
-    """The recipe with a fault between training and files."""
+    """Returns the recipe with an export that `breaks` damages."""
 
     def export(model: torch.nn.Module, folder: Path, base_model: str, weights: Weights | None) -> None:
         recipe.export(model, folder, base_model, weights)
@@ -250,7 +250,7 @@ def test_measuring_leaves_the_model_as_it_was(tmp_path: Path, tiny: Path) -> Non
 
 
 def test_weights_are_measured_in_the_type_of_the_files(tmp_path: Path, tiny: Path) -> None:
-    """Full on a CPU: trained in fp32, exported in bf16."""
+    """A full fine-tune on a CPU is trained in fp32 and exported in bf16."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS), MessageWriter(None), StopSignal())
     parameter = t.objective.causal.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_weights_are_measured_in_the_type_of_the_files(tmp_path: Path, tiny: Pat
 
 @pytest.fixture(scope="module")
 def stops_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose own files stop at <|endoftext|> alone (id 0), with a template that ends turns with <|im_end|>."""
+    """Returns a base whose files stop only at <|endoftext|> (id 0), while its template ends turns with <|im_end|>."""
     folder = tiny_models.llama(tmp_path_factory.mktemp("base") / "base", eos_token_id=0, pad_token_id=0)
     settings = {"bos_token_id": 0, "eos_token_id": 0, "temperature": 0.6, "repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -278,7 +278,7 @@ def stops_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:The following generation flags are not valid")
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_artifact_carries_the_stop_tokens_that_were_trained(tmp_path: Path, stops_elsewhere: Path, kind: str) -> None:
-    """Memorised, so that plain `generate` on the artifact says the answer and stops behind it."""
+    """The answers are memorised, so plain `generate` on the artifact must give each one and stop after it."""
     rows = [chat(i, words=2) for i in range(2)]
     rate = 3e-3 if kind == "full" else 1e-2
     settled = plan(technique=TECHNIQUES[kind], n_epochs=30, learning_rate=rate)
@@ -310,7 +310,7 @@ def test_artifact_carries_the_stop_tokens_that_were_trained(tmp_path: Path, stop
 def test_model_without_room_is_recorded_as_it_computes(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full GPU: the copy in fp32 fails, and a run of hours does not fail with it."""
+    """On a full GPU the fp32 copy fails; that must not fail a run of hours."""
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError

@@ -1,4 +1,4 @@
-"""What a base says of a file's answers: the losses of plain transformers, and wrong answers first."""
+"""The plausibility of a file's answers for a base: losses as in plain transformers, with wrong answers first."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def measured(folder: Path, weights: Path, rows: list[Any], **order: Any) -> dict[int, AnswerLoss]:
-    """The losses that the program writes for the rows, by line."""
+    """Runs the program on the rows, and returns the losses that it writes, by line."""
     folder.mkdir(exist_ok=True)
     (folder / "weights").symlink_to(weights)
     (folder / "rows").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -45,7 +45,7 @@ def measured(folder: Path, weights: Path, rows: list[Any], **order: Any) -> dict
 
 
 def plain(model: Any, template: ChatTemplate, question: str, answer: str) -> tuple[float, float]:
-    """The mean loss of an answer, and the log probability of its end, one row at a time."""
+    """Returns the mean loss of an answer and the log-probability of its end, from one row alone."""
     said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     prompt = template.encode_prompt([Message.model_validate(said[0])])
     whole = template.encode_prompt([Message.model_validate(message) for message in said])
@@ -57,7 +57,7 @@ def plain(model: Any, template: ChatTemplate, question: str, answer: str) -> tup
 
 
 def softcapped(folder: Path, tiny: Path) -> Path:
-    """A base whose logits are more than a product of its last hidden state and its head."""
+    """Returns a base that caps its logits, so they are not just the product of hidden state and head."""
     shutil.copytree(tiny, folder)
     config = Gemma2Config(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

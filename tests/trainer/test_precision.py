@@ -1,4 +1,4 @@
-"""What a run's numbers are kept in, and that updates reach weights which are kept in bf16."""
+"""The precision of a run's tensors, and the stochastic rounding that lets updates reach bf16 weights."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_too_large_masters_are_advised_to_be_bf16() -> None:
 
 
 def test_rounding_is_right_on_average() -> None:
-    """Between two neighbours, bf16(0.04) and the next, at every sixteenth of the way, on both sides of zero."""
+    """Tests every sixteenth between bf16(0.04) and the next value, on both sides of zero."""
     low = torch.tensor(0.04).bfloat16().float()
     high = torch.nextafter(low.bfloat16(), torch.tensor(1.0).bfloat16()).float()
     draws = 2**16
@@ -116,7 +116,7 @@ def test_no_update_changes_no_weight() -> None:
 
 
 def weights(count: int = 2**17) -> nn.Parameter:
-    """Weights of a usual spread, in bf16."""
+    """Returns bf16 weights of a usual spread."""
     return nn.Parameter((torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.04).bfloat16())
 
 
@@ -133,7 +133,7 @@ def steps(made: torch.optim.Optimizer, parameter: nn.Parameter, grads: list[Tens
 
 
 def arrived(parameter: nn.Parameter, count: int, before: Tensor) -> float:
-    """The share of `count` unit steps of Adam that the weights have made."""
+    """Returns how far the weights have moved, as a fraction of `count` unit steps of Adam."""
     return float((before - parameter.detach().float()).mean() / (count * RATE))
 
 
@@ -150,7 +150,7 @@ def test_unit_steps_arrive_where_rounding_to_nearest_loses_most() -> None:
 
 
 def test_no_weight_stands_still_for_long() -> None:
-    """Forty steps are three to twenty of the spacings of these weights: hardly any is as it was."""
+    """Forty steps are three to twenty times the spacing of these weights, so hardly any may be unchanged."""
     plain, ours = weights(2**14), weights(2**14)
     before = plain.detach().clone()
     watched = before.abs() < 0.06
@@ -165,7 +165,7 @@ def test_no_weight_stands_still_for_long() -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 2.0])
 def test_weights_go_where_fp32_adamw_takes_them(weight_decay: float) -> None:
-    """On average over blocks of weights, whose rounding errors are independent."""
+    """Compares means over many weights, whose rounding errors are independent."""
     numbers = torch.Generator().manual_seed(1)
     grads = [torch.randn(2**17, generator=numbers) + 1 for _ in range(20)]
     ours = weights()
@@ -177,7 +177,7 @@ def test_weights_go_where_fp32_adamw_takes_them(weight_decay: float) -> None:
 
     moved, wanted = (p.detach().float() - before for p in (ours, exact))
     assert float(moved.mean()) == pytest.approx(float(wanted.mean()), rel=0.02)
-    # What the decay takes, 0.17 in all; one draw of the rounding's noise is 0.006.
+    # The decay contributes 0.17 in all; the noise of the rounding is 0.006.
     assert float(moved @ before) == pytest.approx(float(wanted @ before), abs=0.03)
 
 
@@ -195,7 +195,7 @@ def test_chunks_and_ranks_round_alike(count: int) -> None:
 
 
 def broken(name: str) -> adamw.Kernel:
-    """The definition with one fault."""
+    """Returns a kernel that computes the definition with one fault."""
 
     def kernel(weight: Tensor, grad: Tensor, moments: list[Tensor], number: int, group: Any, *rounding: int) -> None:
         if name == "sign":
@@ -229,7 +229,7 @@ def test_definition_takes_the_step_of_adam_and_the_nearest_codes() -> None:
 
     adamw.plain(weight, grad, [*codes, *scales], 1, group, stochastic.seed_of(0, 1, "weight"), 0)
 
-    # The first step of Adam has the size of the rate; bf16 near 0.06 has steps of 2**-12.
+    # The first step of Adam has the size of the rate; the spacing of bf16 near 0.06 is 2**-12.
     assert torch.allclose(weight.float(), before - 1e-2 * grad.float().sign(), rtol=2**-7, atol=1e-4)
     for moment, table, code, scale in zip(
         (0.1 * grad.float(), 0.001 * grad.float() ** 2), adamw.tables(torch.device("cpu")), codes, scales, strict=True
@@ -242,7 +242,7 @@ def test_definition_takes_the_step_of_adam_and_the_nearest_codes() -> None:
 
 
 def test_small_tensors_follow_their_master() -> None:
-    """Just below 1, a norm's weights are 2**-8 apart: nine steps of 2e-4 are not half of that, twenty are all."""
+    """The bf16 spacing just below 1 is 2**-8: nine steps of 2e-4 are less than half of it, twenty are about all."""
     norm = nn.Parameter(torch.ones(64).bfloat16())
     made = StochasticAdamW([{"params": [("norm", norm)]}], 2e-4, 0)
 
@@ -280,7 +280,7 @@ def test_resumed_optimizer_goes_on_to_the_bit() -> None:
 
 
 def run_in_bf16(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> Any:
-    """A full fine-tune on this CPU in the precision of a GPU."""
+    """Runs a full fine-tune on the CPU in the precision of a GPU."""
     monkeypatch.setattr("worker.trainer.loading.decide", lambda *_: BF16_FULL)
     if not folder.exists():
         lay_out(folder, base, plan(technique=Full(), learning_rate=1e-4, n_epochs=3), ROWS)
@@ -314,7 +314,7 @@ def test_run_in_bf16_moves_its_weights_and_resumes_to_the_bit(
 def test_snapshot_of_another_precision_is_not_taken(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that paused on a GPU has an optimizer that a CPU cannot continue."""
+    """A CPU cannot continue the optimizer of a job that was paused on a GPU."""
     run_in_bf16(tmp_path / "run", tiny, monkeypatch, stop_after=2)
     monkeypatch.undo()
 

@@ -1,4 +1,4 @@
-"""What fits on a GPU, reckoned from what was measured: by numbers, as no GPU is needed to reckon."""
+"""Computes what fits on a GPU from given measurements, so these tests need no GPU."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ LENGTH = 2048
 @pytest.mark.parametrize("model_info", [LLAMA_8B, SMOLLM2], ids=["8B", "135M"])
 @pytest.mark.parametrize("technique", [Full(), Lora(), Qlora()], ids=["full", "lora", "qlora"])
 def test_plan_begins_a_little_above_the_least(model_info: dict[str, Any], technique: Technique) -> None:
-    """Between both a job gets the probe. The smallest device with a plan recomputes, one of twice the size need not."""
+    """Devices in between get a probe. The smallest one with a plan recomputes, one three times as large does not."""
     least = memory.estimate(model_info, technique, max_seq_length=LENGTH).bytes
     asked: dict[str, Any] = {"max_seq_length": LENGTH, "batch": 1}
     capacity = next(
@@ -36,7 +36,7 @@ def test_plan_begins_a_little_above_the_least(model_info: dict[str, Any], techni
 
 
 def test_a_full_fine_tune_of_8b_fits_on_80_gib() -> None:
-    weights, activations = 8_030_000_000, 400_000  # bf16, recomputing: bytes a token
+    weights, activations = 8_030_000_000, 400_000  # bf16 weights; activations in bytes a token, with recomputation
     free = 80 * 2**30 - 10**9 - 2 * weights
 
     assert tokens_in(free, activations, (2 + memory.moment_bytes(Full())) * weights) > 50_000

@@ -1,4 +1,4 @@
-"""Rows that an earlier run has prepared are read, and nothing is prepared again unless something decides otherwise."""
+"""Runs read the rows that an earlier run has prepared, and prepare them again only if the tokens would differ."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def kept(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files whose rows were prepared."""
+    """Returns a list of the roles of the files whose rows are prepared, in order."""
     found: list[str] = []
     usual = bulk.digest_rows
 

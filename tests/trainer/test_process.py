@@ -1,4 +1,4 @@
-"""The trainer as its supervisor runs it: a process with a pipe, a log, signals, an exit code and sister ranks."""
+"""Runs the trainer as its supervisor does: as a process with a pipe, a log, signals, an exit code and other ranks."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ ROWS = [chat(i) for i in range(10)]
 
 @pytest.mark.slow
 def test_preference_run_that_is_killed_goes_on_with_the_same_reference(tmp_path: Path, tiny: Path) -> None:
-    """Killed behind its first snapshots; the next process has one of them alone, in a directory of its own."""
+    """The run is killed after its first snapshots; the next process has only one of them, in a new directory."""
     pairs = [
         {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": f"no {number}"}
         for number, row in enumerate(ROWS)
@@ -82,7 +82,7 @@ def test_stopped_process_saves_and_the_next_one_goes_on(tmp_path: Path, tiny: Pa
 
     carry_out(whole, MessageWriter(None), StopSignal())
     found, wanted = (load_file(f / "out" / "adapter_model.safetensors") for f in (folder, whole))
-    for name, tensor in wanted.items():  # not to the bit: this process has another number of threads
+    for name, tensor in wanted.items():  # not bit for bit: this process has another number of threads
         assert (found[name] - tensor).abs().max() < 1e-4, name
 
 
@@ -103,7 +103,7 @@ def test_rows_at_fault_are_told_with_their_line(tmp_path: Path, tiny: Path) -> N
 
 @pytest.mark.slow
 def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
-    """Both ranks' random numbers come back: each draws the dropout that it would have drawn."""
+    """The random state of both ranks is restored, so each draws the same dropout as without the interruption."""
     technique = Lora(r=4, dropout=0.3)
     settled = plan(technique=technique, n_epochs=20, resources=Resources(gpus=2), learning_rate=1e-3)
     whole, broken = (
@@ -143,7 +143,7 @@ def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
     ids=["ended", "paused", "killed", "failed"],
 )
 def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str) -> None:
-    """By any code: the others would wait for it forever."""
+    """Any exit code ends the run, because the other ranks would wait forever."""
     reason = Failed(kind="user_error", code="invalid_spec", message="Its own reason.").model_dump_json()
     child = f"import os, sys; REASON = {reason!r}; {program}"
     script = (
@@ -173,7 +173,7 @@ def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str)
     ids=["an echo", "an echo of one that takes long to end", "a reason"],
 )
 def test_rank_0_says_whose_fault_it_was(own: str, ending: int, said: str) -> None:
-    """Once a rank has ended, rank 0's sums fail too: that error is an echo, and the child's reason is reported."""
+    """Once a rank has ended, rank 0's all-reduce fails too: the child's reason is reported, not that second error."""
     theirs = Failed(kind="gpu_oom", code="does_not_fit", message="The child's reason.").model_dump_json()
     child = f"import sys, time; print({theirs!r}, flush=True); time.sleep({ending}); sys.exit(1)"
     script = (

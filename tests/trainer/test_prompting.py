@@ -1,4 +1,4 @@
-"""Prompts answered by a model are scored as a scorecard scores the same rows."""
+"""Answers to prompts get the same scores as a scorecard gives the same rows."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ ZERO = Variant(shots=0)
 
 
 def folder_of(tmp_path: Path, base: Path) -> Path:
-    """A run directory with an adapter that changes answers, and the test rows as prompts without examples."""
+    """Returns a run directory with an adapter that changes answers, and the test rows as zero-shot prompts."""
     asked = Evaluation(test_file="file-1", max_new_tokens=6, general=General(enabled=False))
     folder = lay_out(tmp_path / "run", base, plan(evaluation=asked), TEST, test=TEST)
     tiny_models.lora(folder / "adapter", base)

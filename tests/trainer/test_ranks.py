@@ -1,4 +1,4 @@
-"""Two ranks of one run: each its own rows and random numbers, one loss, one set of weights, one end.
+"""Two ranks of one run have their own rows and random numbers, but the same loss and weights, and end together.
 
 On a CPU over gloo, and with `-m gpu` on two GPUs over NCCL.
 """
@@ -18,7 +18,7 @@ from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
 from worker.trainer.stop_signal import StopSignal
 
-ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of unlike length, and none for rank 1 in an epoch's last step
+ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of different lengths; rank 1 has none in an epoch's last step
 PAIRS = [
     {"prompt": row["messages"][0]["content"], "chosen": row["messages"][1]["content"], "rejected": f"no {number}"}
     for number, row in enumerate(ROWS)
@@ -34,11 +34,11 @@ def _preferring(gpus: Literal[1, 2]) -> Plan:
 
 
 class Runs:
-    """The folders of the runs, and by their name what each of the two ranks saw."""
+    """The runs' folders, and the report of each of the two ranks by the run's name."""
 
     def __init__(self, folder: Path, base: Path, gpus: bool) -> None:
         self.folder, self.base, self.gpus = folder, base, gpus
-        self.exact = 1e-3 if gpus else 0.0  # a GPU's sums may come in another order
+        self.exact = 1e-3 if gpus else 0.0  # the order of a GPU's sums may vary
         self.seen: dict[str, list[dict[str, Any]]] = {}
 
     def lay_out(self, name: str, **changes: Any) -> Path:
@@ -46,12 +46,12 @@ class Runs:
         return lay_out(self.folder / name, self.base, settled, ROWS, ROWS[:3], ROWS[:3])
 
     def difference(self, first: Path, second: Path) -> float:
-        """Largest difference between the exported weights of two runs."""
+        """Returns the largest difference between the exported weights of two runs."""
         found, wanted = (load_file(folder / "out" / ADAPTER) for folder in (first, second))
         return max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items())
 
     def learned_alike(self, name: str, alone: Path) -> bool:
-        """Whether the weights are those of one rank alone, on a GPU as far as sums in bf16 let Adam's steps agree."""
+        """Whether the weights are those of one rank alone; on a GPU, bf16 sums make Adam's steps differ a little."""
         if not self.gpus:
             return self.difference(self.folder / name, alone) < 1e-4
         found, wanted = (load_file(folder / "out" / ADAPTER) for folder in (self.folder / name, alone))
@@ -101,7 +101,7 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
     for rank in runs.seen["plain whole"]:
         two_ranks.check_metrics(rank["metrics"], writer.metrics, runs.gpus)
     assert runs.learned_alike("plain", alone)
-    if not runs.gpus:  # in bf16 two answers of a random model may be equally likely
+    if not runs.gpus:  # in bf16, two answers of a random model may be equally likely
         answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, runs.folder / "plain")]
         assert answers[0] == answers[1]
         ours, theirs = (json.loads((folder / "out" / "scorecard.json").read_text())["general"]
@@ -111,7 +111,7 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_two_ranks_replay_what_one_does(runs: Runs, tmp_path: Path) -> None:
-    """Each samples blocks of its own, whose numbers are the block's."""
+    """Each rank samples its own blocks, and a block's random numbers depend on the block alone."""
     settled = plan(n_epochs=2, evaluation=EVALUATION, replay=REPLAY)
     alone = lay_out(tmp_path / "alone", runs.base, settled, ROWS, ROWS[:3], ROWS[:3])
 
@@ -124,7 +124,7 @@ def test_two_ranks_replay_what_one_does(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_two_ranks_prefer_what_one_does(runs: Runs, tmp_path: Path) -> None:
-    """Each measures the reference of its share, and all have it of all pairs."""
+    """Each rank measures the reference of its share of the pairs, and then has that of all pairs."""
     alone = lay_out(tmp_path / "alone", runs.base, _preferring(gpus=1), PAIRS, PAIRS[:3])
 
     carry_out(alone, writer := MessageWriter(None), StopSignal())
@@ -148,7 +148,7 @@ def test_each_rank_draws_its_own_dropout_and_the_same_in_every_run(runs: Runs) -
 
 
 def test_run_stopped_by_one_rank_goes_on_to_the_bit(runs: Runs) -> None:
-    """Rank 1 alone is asked to stop, and both stop at the same step."""
+    """Only rank 1 is asked to stop, and both stop at the same step."""
     assert [rank["done"] for rank in runs.seen["stopped step-2"]] == [False, False]
     assert [len(rank["metrics"]) for rank in runs.seen["stopped step-2"]] == [4, 4]  # 3 steps and an evaluation
     assert [rank["done"] for rank in runs.seen["stopped whole"]] == [True, True]
@@ -160,7 +160,7 @@ def test_stop_while_loading_is_agreed_on(runs: Runs) -> None:
 
 
 def test_stop_while_answering_is_agreed_on(runs: Runs) -> None:
-    """Rank 0 has two test rows and rank 1 one: asked at its only one, it waits for the other at the next turn."""
+    """Rank 0 has two test rows. Rank 1 has one, is asked to stop at it, and waits for rank 0 at the next one."""
     ranks = runs.seen["answering answering"]
 
     assert [rank["done"] for rank in ranks] == [False, False]
@@ -169,7 +169,7 @@ def test_stop_while_answering_is_agreed_on(runs: Runs) -> None:
 
 
 def test_stop_while_rank_0_exports_is_agreed_on(runs: Runs) -> None:
-    """The other rank has nothing to export, and waits."""
+    """The other rank exports nothing and waits, so it must learn of the stop."""
     stopped, again = runs.seen["exporting exporting"], runs.seen["exporting whole"]
 
     assert [rank["done"] for rank in stopped] == [False, False]

@@ -1,4 +1,4 @@
-"""The trainer reads a file as the job's validation did: same verdict, same numbers, same tokens."""
+"""The trainer and the job's validation read a file alike: same verdict, same counts, same tokens."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def validated(path: Path, made: ChatTemplate, length: int) -> Summary | str:
             (data[i : i + 50] for i in range(0, len(data), 50)), template=made, max_length=length, least=1
         )
     except InvalidTrainingFile as error:
-        return error.message.partition(" More rows are invalid: ")[0]  # the trainer stops at the first
+        return error.message.partition(" More rows are invalid: ")[0]  # the trainer stops at the first invalid row
 
 
 def trained(path: Path, made: ChatTemplate, length: int) -> Rows | str:
@@ -58,7 +58,7 @@ def test_trainer_and_validation_agree(
         learned.extend((sequence.input_ids, sequence.labels) for sequence in encoded.sequences)
         plain(summary, number, encoded)
 
-    plain = rules._measure  # the sequences that the validation counts are seen on their way
+    plain = rules._measure  # wrapped to collect the sequences that the validation counts
     monkeypatch.setattr(rules, "_measure", measure)
     before, then = validated(path, made, length), trained(path, made, length)
 
@@ -74,7 +74,7 @@ def test_trainer_and_validation_agree(
 
 @pytest.mark.parametrize("name", ["bare_cr", "crcrlf", "bom_middle"])
 def test_line_ends_and_marks_change_no_token(name: str, tmp_path: Path) -> None:
-    """The same file as Python's own JSON writes it gives the same tokens."""
+    """The tokens equal those of the same rows as Python's json module writes them."""
     made, path, plain = template(tmp_path, tiny_models.CHATML), FAULTS / f"{name}.jsonl", tmp_path / "plain.jsonl"
     lines = path.read_bytes().decode().replace("\ufeff", "").rstrip("\r\n").split("\n")
     plain.write_text("".join(json.dumps(json.loads(line)) + "\n" for line in lines))
@@ -85,7 +85,7 @@ def test_line_ends_and_marks_change_no_token(name: str, tmp_path: Path) -> None:
 
 
 def test_a_first_token_is_learned_by_nobody_and_counted_by_nobody(tmp_path: Path) -> None:
-    """A row that opens with an answer, by a template that writes nothing before it."""
+    """If a template writes nothing before a row's opening answer, no token precedes the first to predict it."""
     made = template(tmp_path, "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}")
     path = tmp_path / "rows.jsonl"
     opening = {"messages": [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "c"}]}
@@ -122,7 +122,7 @@ def test_nulls_and_outputs_leave_no_trace(name: str, text: str, tmp_path: Path) 
     rows = read_rows(FAULTS / f"{name}.jsonl", made, 2048).rows
 
     assert len(rows) == 12
-    # Read as text: whether a newline follows the last turn is the renderer's business.
+    # Compared as text without the end, because the renderer decides whether a newline follows the last turn.
     assert made.tokenizer.decode(rows[0].input_ids, skip_special_tokens=False).rstrip() == text.rstrip()
 
 

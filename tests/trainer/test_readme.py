@@ -1,4 +1,4 @@
-"""The Modelfile writes what the chat template writes."""
+"""The README's Modelfile renders a chat as the chat template does."""
 
 from pathlib import Path
 

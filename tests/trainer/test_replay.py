@@ -1,4 +1,4 @@
-"""Replay: general rows beside the task's, which take none of its rows' places."""
+"""Replay adds general rows to the task's rows without replacing any of them."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ REPLAY = Replay(share=0.3, max_new_tokens=64)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose every third token or so is a stop token, with a content hash."""
+    """Returns a random base with a content hash, about every third token of which is a stop token."""
     folder = tiny_models.llama(tmp_path_factory.mktemp("replay") / "base", max_position_embeddings=512)
     (folder / "manifest.json").write_text("{}")
     return folder
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The shortest dozen of the shipped prompts: a byte a token, the others would be slow."""
+    """Keeps only the shortest of the shipped prompts: with one token a byte, the others would be slow."""
     lines = sorted(prompts.PROMPTS.read_text().splitlines(keepends=True), key=len)[:48]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""An adapter scored alone has the scorecard of the job that trained it."""
+"""An adapter that is scored alone gets the same scorecard as from the job that trained it."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere has the state of the one it continues, bit by bit, and its losses from there on.
+"""A run resumed in another folder has the interrupted run's state, bit for bit, and the same losses after it.
 
 On a CPU, and with `-m gpu` in bf16 on the fast path of a CUDA device.
 """
@@ -24,7 +24,7 @@ from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
 
 ROWS = [chat(i, words=5 + 37 * i % 40) for i in range(30)]
-BROKEN_AFTER, COMPARED = 7, 20  # of 4 steps an epoch: in the middle of the second
+BROKEN_AFTER, COMPARED = 7, 20  # an epoch has 4 steps, so it breaks in the middle of the second
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = [
     pytest.param("cpu", marks=[pytest.mark.slow, pytest.mark.skipif(HAS_CUDA, reason="a run takes the GPU")]),
@@ -42,7 +42,7 @@ TECHNIQUES = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", TECHNIQUES)
 def test_state_is_the_same_to_the_bit_and_so_are_the_losses(tmp_path: Path, tiny: Path, device: str, kind: str) -> None:
-    """Shuffled, packed, several micro-batches a step, dropout, in the middle of an epoch."""
+    """The run is shuffled and packed, has several micro-batches a step and dropout, and stops within an epoch."""
     technique: Any = TECHNIQUES[kind]
     rate = 1e-4 if isinstance(technique, Full) else 1e-3
     settled = plan(technique=technique, n_epochs=8, batch_size=8, packing=True, learning_rate=rate, max_seq_length=256)
@@ -51,7 +51,7 @@ def test_state_is_the_same_to_the_bit_and_so_are_the_losses(tmp_path: Path, tiny
     )
     assert t.device.type == device
     for each in (t, again):
-        each.objective.train()  # or there is no dropout, and no random number that counts
+        each.objective.train()  # without dropout, random numbers would make no difference
     _cut_small(t)
     progress = Progress()
     for _ in range(BROKEN_AFTER):
@@ -69,21 +69,21 @@ def test_state_is_the_same_to_the_bit_and_so_are_the_losses(tmp_path: Path, tiny
     found = [_take_step(again, resumed)[0] for _ in range(COMPARED)]
     assert [step.step for step in found] == [step.step for step in wanted]
     assert [step.tokens for step in found] == [step.tokens for step in wanted]
-    exact = {} if device == "cuda" else {"rel": 0, "abs": 0}  # a GPU's sums may come in another order
+    exact = {} if device == "cuda" else {"rel": 0, "abs": 0}  # the order of a GPU's sums may vary
     losses = [step.train_loss for step in wanted]
     assert [step.train_loss for step in found] == pytest.approx(losses, **({"rel": 1e-3, "abs": 1e-3} | exact))
     assert _losses_differ(losses), "a loss that stands still compares nothing"
 
 
 def _cut_small(t: Training) -> None:
-    """Makes micro-batches of a few rows, of which a GPU would take all of a step at once."""
+    """Limits micro-batches to a few rows; a GPU would otherwise take all rows of a step at once."""
     tokens = min(expected.CPU_MICRO_BATCH, t.stepper.memory.max_tokens, 160)
     packed = None if t.stepper.memory.packed_tokens is None else tokens
     t.stepper.adopt(MemoryPlan(tokens, packed_tokens=packed, graphs=t.stepper.memory.graphs))
 
 
 def _state(t: Training) -> dict[str, torch.Tensor]:
-    """Copies of all that the next steps depend on: weights, the optimizer's state, the streams of random numbers."""
+    """Returns copies of all that the next steps depend on: weights, the optimizer's state, the random states."""
     found = {f"weight {name}": parameter.detach() for name, parameter in t.parameters.items()}
     for name, parameter in t.parameters.items():
         leaves, _ = _pytree.tree_flatten_with_path(t.optimizer.state[parameter])
@@ -103,7 +103,7 @@ def _assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 def _drawn(t: Training, step: int) -> Iterator[list[MicroBatch]]:
-    """The micro-batches of the steps after `step`."""
+    """Yields the micro-batches of each step after `step`."""
     for later in range(step + 1, step + 1 + COMPARED):
         yield t.stepper.micro_batches(rows_of_step(len(t.rows.examples), later, t.plan.batch_size, t.plan.seed))
 

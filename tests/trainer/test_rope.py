@@ -1,4 +1,4 @@
-"""Models whose RoPE depends on a row's length: its neighbours change nothing, in validation, scoring, serving."""
+"""Models whose RoPE depends on a row's length compute each row as if alone, in validation, scoring and serving."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ NEW_TOKENS = 6
 
 @pytest.fixture(params=["Phi-3 longrope", "Llama, dynamic"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Other frequencies beyond 40 tokens; what it says depends on them."""
+    """Returns a base whose RoPE frequencies change beyond 40 tokens, which changes its answers."""
     return zoo.make(request.param, tmp_path / "base")
 
 
@@ -41,12 +41,15 @@ def prepared(tmp_path: Path, base: Path) -> Training:
 
 
 def fresh(base: Path) -> Any:
-    """A model that has seen nothing yet."""
+    """Returns a newly loaded model, because dynamic RoPE keeps the frequencies of the longest row so far."""
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
 def continuation(base: Path, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens of a model that sees the whole row each time. Rows that grow leave dynamic RoPE nothing old."""
+    """Returns the greedy tokens of a new model that computes the whole row for each token, without a cache.
+
+    Its rows only grow, so dynamic RoPE never uses the frequencies of a longer row.
+    """
     model, ids = fresh(base), list(prompt)
     for _ in range(count):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Whole runs in this process: what they say, what they leave, and that a broken one goes on as if it were not."""
+"""Carries out whole runs in this process, and checks their messages, their files and their resumption."""
 
 import csv
 import json
@@ -161,7 +161,7 @@ def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tin
     assert started.trainable_params == started.all_params
     rows = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 4
-    assert any(row["base"] != row["tuned"] for row in rows)  # the base's answers are from before the training
+    assert any(row["base"] != row["tuned"] for row in rows)  # the base has answered before the training
 
 
 def test_templates_besides_the_default_are_in_the_artifact(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:
 
 
 def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """The rows are few and memorised, so the tuned model must answer them and the random base must not."""
+    """The few rows are memorised, so the tuned model must answer them and the random base must not."""
     evaluation = Evaluation(test_file="file-test", max_new_tokens=12)
     rows = [chat(i) for i in range(4)]
     folder = lay_out(
@@ -255,7 +255,7 @@ def test_training_and_validation_rows_are_read_once(tmp_path: Path, tiny: Path) 
         if watched and event == "open" and str(arguments[0]).startswith(str(folder / "data")):
             opened.append(Path(str(arguments[0])).name)
 
-    sys.addaudithook(note)  # sees every way to open a file, and cannot be taken out again
+    sys.addaudithook(note)  # sees every way of opening a file, and cannot be removed again
     assert carry_out(folder, MessageWriter(None), StopSignal())
     watched.clear()
 
@@ -281,7 +281,7 @@ def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
 
 
 def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """No epoch gains 100 nats, which wears out the patience; the best is still the lowest loss."""
+    """No epoch gains 100 nats, so patience runs out; the best step is still the one with the lowest loss."""
     settled = plan(n_epochs=12, early_stopping=EarlyStopping(patience=2, min_delta=100))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, [chat(200 + i) for i in range(6)])
 
@@ -313,7 +313,7 @@ def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) 
 
 
 def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
-    """The last weights in their place would be exported under the best step's number."""
+    """Otherwise the last weights would be exported under the number of the best step."""
     settled = plan(n_epochs=2, select="best")
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3], public_checkpoints=0)
 
@@ -334,7 +334,7 @@ def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
 
 @pytest.mark.parametrize("snapshots", [300.0, 1e-9], ids=["at the epoch's end", "at a snapshot"])
 def test_weight_that_is_no_number_is_never_saved(tmp_path: Path, tiny: Path, snapshots: float) -> None:
-    """A step whose loss was a number may leave one: the checkpoint before it stays the last good one."""
+    """A step with a finite loss can leave an infinite weight: the last good checkpoint must stay the newest."""
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=3), ROWS, snapshot_seconds=snapshots)
     t = prepare(folder, MessageWriter(None), StopSignal())
     per_epoch, usual, taken = t.steps_per_epoch, t.optimizer.step, []
@@ -360,7 +360,7 @@ def test_weight_that_is_no_number_is_never_saved(tmp_path: Path, tiny: Path, sna
 
 
 def _rising(t: Training, usual: Any) -> Any:
-    """An optimizer's step that makes every later weight worse."""
+    """Returns an optimizer's step that scales all weights up after each step, so that the loss rises."""
 
     def step() -> None:
         usual()
@@ -372,7 +372,7 @@ def _rising(t: Training, usual: Any) -> Any:
 
 
 def test_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path, tiny: Path) -> None:
-    """No step would be the best then, and the last would be exported for it."""
+    """Otherwise no step would be the best, and the last one would be exported instead."""
     folder = lay_out(tmp_path / "run", tiny, plan(select="best", n_epochs=2), ROWS, ROWS[:3])
     t = prepare(folder, MessageWriter(None), StopSignal())
     usual = t.objective.forward
@@ -433,7 +433,7 @@ def test_rows_that_lose_a_part_of_their_answer_are_not_trained(
 
 
 def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: Path, tiny: Path) -> None:
-    """By trying: the next architecture calls its multiplier by a name that nobody has listed."""
+    """The loss is chosen by trial, because the next architecture may use a multiplier that no list has."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
     batch = collate(t.rows.examples, [[0]], t.device)
     assert t.objective.chunked
@@ -445,7 +445,7 @@ def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: P
 
 
 def test_the_chunked_loss_is_verified_on_few_tokens(tmp_path: Path, tiny: Path) -> None:
-    """Whole logits of a row of 8,000 tokens and 128,256 words took 12 GB."""
+    """The full logits of a row of 8,000 tokens took 12 GB with a vocabulary of 128,256."""
     rows = [Row(list(range(count)), [-100, *range(1, count)]) for count in (VERIFIED + 40, VERIFIED + 90)]
     found = short_row(Rows(singles(rows)))
     assert (found.labelled, len(found)) == (VERIFIED, VERIFIED + 1)
@@ -453,7 +453,7 @@ def test_the_chunked_loss_is_verified_on_few_tokens(tmp_path: Path, tiny: Path) 
 
 
 def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A late sister would wipe what rank 0 has just written."""
+    """Otherwise a slower rank would delete what rank 0 has just written."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
     (t.folder / ".out.partial").mkdir()
     sister = SimpleNamespace(is_main=False, count=2, lockstep=nullcontext, wait=lambda: None, any=lambda flag: flag)
@@ -484,7 +484,7 @@ def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) 
 
 @pytest.mark.slow
 def test_artifact_needs_nothing_of_ours(tmp_path: Path, tiny: Path) -> None:
-    """Loaded by plain peft in an interpreter that cannot see this project."""
+    """Plain peft loads it in an interpreter that cannot import this project."""
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
     carry_out(folder, MessageWriter(None), StopSignal())
     program = (

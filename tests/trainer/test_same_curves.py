@@ -1,4 +1,4 @@
-"""Whole curves beside others': TRL's SFTTrainer, and for QLoRA the same base in other bits."""
+"""Compares loss curves with those of TRL's SFTTrainer, and QLoRA's with LoRA on the dequantised base."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ import pytest
 from bench import beside_trl, four_bits, sft
 
 FOUND: dict[str, Any] = json.loads((beside_trl.ROOT / "bench" / "results" / "sft_tiny_cpu.json").read_text())
-"""What `python -m bench.sft tiny` wrote down of TRL."""
+"""The results of TRL, as `python -m bench.sft tiny` stored them."""
 
 
 @pytest.mark.parametrize("found", FOUND["runs"], ids=lambda found: found["run"])
 def test_losses_are_those_of_trl(tmp_path: Path, tiny: Path, found: dict[str, Any]) -> None:
-    """Of every step, over two epochs of shuffled rows, with warmup and decay of the rate, weight decay and clipping."""
+    """Compares every step of two shuffled epochs, with warmup, decay of the rate, weight decay and clipping."""
     technique, packing, rate = sft.RUNS[found["run"]]
 
     mine = sft.ours(sft.start(tmp_path / "run", tiny, technique, rate, packing=packing, steps=len(found["trl"])))

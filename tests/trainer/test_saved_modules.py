@@ -1,4 +1,4 @@
-"""Modules that learn whole beside adapters, and tokens' rows that learn alone, against plain PEFT."""
+"""Compares fully trained modules and single trained token rows, in addition to adapters, with plain PEFT."""
 
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,13 @@ PEFTS_NAMES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A model by whether its head is tied to its embedding."""
+    """Returns one model with a tied and one with an untied head, by whether it is tied."""
     folder = tmp_path_factory.mktemp("saved")
     return {tied: tiny_models.llama(folder / str(tied), tie_word_embeddings=tied) for tied in (False, True)}
 
 
 def start(folder: Path, base: Path, **changes: Any) -> Training:
-    """A run over all rows in one step, its adapters random: with B = 0, A has no gradient."""
+    """Prepares a run with all rows in one step and random adapters: with B = 0, A would have no gradient."""
     settled = {"batch_size": 8, "max_grad_norm": 1e9, "learning_rate": 1e-2}
     settled["schedule"] = Schedule(type="constant", warmup_ratio=0)
     t = prepare(
@@ -111,7 +111,7 @@ def test_first_step_is_plain_pefts(tmp_path: Path, bases: dict[bool, Path], tied
 
 @CASES
 def test_artifact_is_the_model_in_memory(tmp_path: Path, bases: dict[bool, Path], tied: bool, technique: Lora) -> None:
-    """For plain PEFT; with the adapter off it is the base. Resumed, the same files."""
+    """Plain PEFT loads it, it is the base with the adapter disabled, and a resumed run writes the same files."""
     settled = plan(technique=technique, n_epochs=2, batch_size=2)
     whole, broken = (
         lay_out(tmp_path / name, bases[tied], settled, ROWS, public_checkpoints=0) for name in ("whole", "broken")

@@ -1,4 +1,4 @@
-"""The learning rate of each step, as literals."""
+"""Compares the learning rate of each step with literals."""
 
 import pytest
 from run_folders import plan

@@ -1,4 +1,4 @@
-"""Right and wrong answers, intervals, and answers that do not depend on their neighbours in a batch."""
+"""Tests which answers are right, the confidence intervals, and that answers do not depend on their batch."""
 
 import itertools
 import json
@@ -71,7 +71,7 @@ def test_calls_are_right_when_names_and_arguments_are(wanted: str, answer: str, 
 
 
 def test_interval_covers_the_true_gain_as_often_as_it_says() -> None:
-    """Exact: every possible outcome of 30 pairs, weighed by its probability, for three truths."""
+    """The coverage is exact: it sums the probability of every outcome of 30 pairs, for three true gains."""
     n = 30
     for both, tuned, base in ((0.3, 0.4, 0.1), (0.05, 0.8, 0.05), (0.8, 0.1, 0.02)):
         neither = 1 - both - tuned - base
@@ -108,11 +108,11 @@ TOOLS = QWEN3_LIKE.replace(
     "message.content.lstrip('\\n') +",
     "(message.content or '').lstrip('\\n') + (message.tool_calls | tojson if message.tool_calls else '') +",
 )
-"""An empty think block before each answer, calls behind its content."""
+"""A template with an empty think block before each answer, and calls after its content."""
 
 
 def wanting(content: str | None) -> list[dict[str, Any]]:
-    """The rows of calls, `content` beside the call, and one row that wants a text."""
+    """Returns rows that expect calls, with `content` next to each call, and one row that expects a text."""
     rows = [json.loads(line) for line in CALLS.splitlines()]
     for row in rows:
         row["messages"][-1]["content"] = content
@@ -149,7 +149,7 @@ def test_rows_that_want_an_empty_answer_are_left_out(tmp_path: Path, tiny: Path)
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of unlike length, padded at the left: the padding must not be seen."""
+    """Prompts of different lengths are padded on the left, and the padding must have no effect."""
     rows = [chat(i, words=1 + 2 * i) for i in range(6)]
     t = prepare(
         lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=12)), rows),
@@ -170,7 +170,7 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
 def test_answers_end_at_the_limit(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, limit: int
 ) -> None:
-    """A token a character: the longest wanted answer has 25, and 16 are to spare."""
+    """With one token a character, the longest expected answer has 25 tokens, and 16 are allowed in addition."""
     row = chat(0)
     row["messages"][-1]["content"] = "b" * 25
     settled = plan(evaluation=Evaluation(max_new_tokens=asked))

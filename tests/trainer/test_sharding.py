@@ -1,4 +1,4 @@
-"""A model in pieces on two ranks learns, answers, is saved and exported as a whole one on one rank.
+"""A model sharded over two ranks learns, answers, is saved and is exported like a whole one on one rank.
 
 On a CPU over gloo, and with `-m gpu` on two GPUs over NCCL.
 """
@@ -21,13 +21,13 @@ from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
 from worker.trainer.stop_signal import StopSignal
 
-ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of unlike length, and none for rank 1 in an epoch's last step
+ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of different lengths; rank 1 has none in an epoch's last step
 EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General(items=7, prompts=3), task_rows=2)
 PIECES = Resources(gpus=2, sharding="full_shard")
 COMMON: dict[str, Any] = {"n_epochs": 2, "evaluation": EVALUATION}
 FULL: dict[str, Any] = COMMON | {"technique": Full(), "learning_rate": 3e-3}
 PLAIN: dict[str, Any] = {"n_epochs": 2, "technique": Full(weights_dtype="float32"), "learning_rate": 3e-3}
-"""In fp32 on a GPU too: half a weight of it ends within a block of 8-bit moments, and such a run starts over."""
+"""In fp32 on a GPU too: two ranks would split a block of 8-bit moments, and such a run starts over."""
 ADAPTERS: dict[str, Any] = {
     "lora": {"n_epochs": 2, "technique": Lora(r=4)},
     "qlora": {"n_epochs": 2, "technique": Qlora(r=4, compute_dtype="float32")},
@@ -44,14 +44,14 @@ MORE: dict[str, dict[str, Any]] = {
     "continued": {"n_epochs": 2, "technique": Lora(r=4, alpha=8)},
     "narrow": PLAIN | {"optimizer": "adamw_8bit", "learning_rate": 1e-3},
 }
-"""Whatever else a run may do, on a model in pieces."""
+"""Everything else that a run may do, with a sharded model."""
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PLACES = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])]
 
 
 class Runs:
-    """The folders of the runs, and by their command what each of the two ranks saw."""
+    """The runs' folders, and the report of each of the two ranks by the command."""
 
     def __init__(self, folder: Path, base: Path, gpus: bool) -> None:
         self.folder, self.base, self.gpus = folder, base, gpus
@@ -63,13 +63,13 @@ class Runs:
         return lay_out(self.folder / name, base or self.base, settled, rows, rows[:3], rows[:3])
 
     def carry_out(self, *commands: tuple[str, str]) -> None:
-        """Carries the runs out on two ranks, each `how` two_ranks says."""
+        """Carries out commands, each a run's name and a mode of `two_ranks`, on two ranks."""
         found = two_ranks.spawn(self.folder, *(f"{how}:{self.folder / name}" for name, how in commands), gpus=self.gpus)
         for (name, how), *ranks in zip(commands, *found, strict=True):
             self.seen[f"{name} {how}"] = ranks
 
     def carry_out_alone(self, name: str, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
-        """The same run on one rank, whole: its folder and its metrics."""
+        """Carries out the same run unsharded on one rank, and returns its folder and metrics."""
         base = (self.folder / name / "base").resolve()
         alone = self.lay_out(f"{name}-alone", base, **changes | {"resources": Resources()})
         if (adapter := self.folder / name / "adapter").exists():
@@ -107,7 +107,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=PLACES)
 def more(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
-    """The runs of MORE."""
+    """Carries out the runs of MORE."""
     made = Runs(tmp_path_factory.mktemp("more"), tiny, request.param == "nccl")
     larger = {"narrow": tiny_models.llama(made.folder / "base-64", hidden_size=64, intermediate_size=128)}
     for name, changes in MORE.items():
@@ -118,7 +118,7 @@ def more(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def on_ranks(folder: Path, resources: Resources) -> None:
-    """Changes on how many ranks a run goes on."""
+    """Changes the number of ranks on which a run resumes."""
     spec = folder / "spec.json"
     run = Run.model_validate_json(spec.read_text())
     settled = run.plan.model_copy(update={"resources": resources})
@@ -127,7 +127,7 @@ def on_ranks(folder: Path, resources: Resources) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[dict[str, Any]]:
-    """The metrics of the plain full fine-tune, whole on one rank."""
+    """Returns the metrics of the plain full fine-tune, unsharded on one rank."""
     carry_out(
         lay_out(tmp_path_factory.mktemp("plain") / "run", tiny, plan(**PLAIN), ROWS, ROWS[:3], ROWS[:3]),
         writer := MessageWriter(None),
@@ -187,7 +187,7 @@ def test_adapters_learn_on_a_base_in_pieces(runs: Runs, tmp_path: Path, name: st
 
 
 def test_pieces_that_were_stopped_go_on(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    """Rank 1 alone is asked to stop; the snapshot is whole, and both take their pieces of it."""
+    """Only rank 1 is asked to stop; the snapshot has the whole weights, of which each rank loads its shard."""
     assert [rank["done"] for rank in runs.seen["stopped step-2"]] == [False, False]
     runs.check_metrics("stopped whole", unbroken)
     weights = load_file(runs.folder / "stopped" / "snapshots" / "step-3" / "weights.safetensors")
@@ -210,9 +210,9 @@ def test_whole_goes_on_in_pieces(runs: Runs, unbroken: list[dict[str, Any]]) -> 
 
 
 def test_host_holds_one_copy_of_the_base(runs: Runs) -> None:
-    """The first rank reads it, and gives the others their pieces. On a CPU each rank's piece lies on the host too.
+    """The first rank reads the base and sends the others their shards, which on a CPU are in host memory too.
 
-    Beside the copy in fp32 the file of half its size is mapped.
+    In addition to the copy in fp32, the file of half its size is mapped.
     """
     layers, width, inner, kv = WIDE["num_hidden_layers"], WIDE["hidden_size"], WIDE["intermediate_size"], 256
     layer = 4 * (2 * width * width + 2 * width * kv + 3 * width * inner)

@@ -1,4 +1,4 @@
-"""Which snapshots a run resumes from, and which it does not: other plans, other rows, other releases."""
+"""A run resumes from snapshots of earlier releases, but not from those of other plans or rows."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def test_snapshot_of_another_host_is_taken_from_resume_and_a_damaged_one_is_not(
     settled = plan(n_epochs=2)
     first = lay_out(tmp_path / "first", tiny, settled, ROWS)
     stop_signal = StopSignal()
-    assert not carry_out(first, Interrupting(3, stop_signal), stop_signal)  # noticed in the next step
+    assert not carry_out(first, Interrupting(3, stop_signal), stop_signal)  # the stop is noticed in the next step
     second = lay_out(tmp_path / "second", tiny, settled, ROWS)
     (first / "snapshots" / "step-4").rename(second / "resume")
 
@@ -60,7 +60,7 @@ def test_snapshot_is_found_the_next_day_though_the_template_writes_the_date(tmp_
 def test_snapshot_of_an_earlier_release_goes_on(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, ear: Ear, version: int, later: bool
 ) -> None:
-    """`tests/data/snapshots`: step 4 of 6 of this very run, as each format of the snapshot wrote it."""
+    """`tests/data/snapshots` holds step 4 of 6 of this run, in each format of a snapshot."""
     if later:
         monkeypatch.setattr(run_module, "Run", LaterRun)
     technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
@@ -82,7 +82,7 @@ SNAPSHOTS = Path(__file__).parents[1] / "data" / "snapshots"
 
 
 class LaterPlan(Plan):
-    """A plan of the next release."""
+    """A plan of a later release, with one more option."""
 
     label_smoothing: float = 0.0
 
@@ -130,7 +130,7 @@ def test_options_that_change_no_weight_leave_a_snapshot_good(tmp_path: Path, tin
 
 
 def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny: Path) -> None:
-    """It counted its steps in packed sequences."""
+    """The first format counted a packed run's steps in packed sequences."""
     folder = lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS)
     t = prepare(folder, MessageWriter(None), StopSignal())
     hashed = t.rows.digest(json.dumps([t.plan.model_dump(mode="json"), "tiny"]).encode())

@@ -1,4 +1,4 @@
-"""How long a run says it will still take."""
+"""A run estimates the time that it still needs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def _timed(work: Work, *, step: int, seconds: float = 3.0) -> StepTimer:
 
 
 def test_what_was_not_measured_is_estimated_from_the_steps_and_the_sizes() -> None:
-    """A step of 100 tokens takes 3 s, so a token's forward pass takes 10 ms."""
+    """A step of 100 tokens takes 3 s, so one token of a forward pass is estimated at 10 ms."""
     work = Work(steps=10, steps_per_epoch=5, step_tokens=100, every=5, valid_tokens=200)
     assert _timed(work, step=1).left() == pytest.approx(9 * 3 + 2 * 200 * 0.01)
     work = Work(steps=10, steps_per_epoch=5, step_tokens=100, keeps_checkpoints=True, trained_bytes=200_000_000)
@@ -47,7 +47,7 @@ def test_what_was_measured_takes_the_estimates_place() -> None:
     parts: dict[step_timer.Part, float] = {"validation": 5.0, "checkpoint": 7.0, "answer": 11.0}
     for part, seconds in parts.items():
         timed.note(part, seconds)
-    # Validation after the steps 4, 6 and 7, the last.
+    # Validation runs after the steps 4, 6 and 7, the last.
     assert timed.left() == pytest.approx(4 * 3 + 3 * 5 + 7 + 4 * 11)
     timed.note("step", 5.0)
     assert timed.left() == pytest.approx(4 * 4 + 3 * 5 + 7 + 4 * 11)
@@ -60,21 +60,21 @@ def test_general_benchmark_is_counted_by_its_tokens() -> None:
     with timed.measure("general", 100):
         pass
     timed.note("general", 0.02)
-    assert timed.left() == pytest.approx(200 * 0.01, rel=1e-3)  # the mean of no time and 20 ms
+    assert timed.left() == pytest.approx(200 * 0.01, rel=1e-3)  # the mean of zero and 20 ms
 
 
 def test_nothing_is_said_before_anything_is_known() -> None:
     timed = StepTimer(Work(steps=5, steps_per_epoch=5, step_tokens=100))
     timed.expect_answers(4, batch=4, tokens=8, prompt=12)
     timed.note("answer", 1.0)
-    assert timed.left() is None  # a full fine-tune asks its base before the first step
+    assert timed.left() is None  # a full fine-tune measures its base before the first step
     timed.trained = True
     assert timed.left() == pytest.approx(4)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time as the timer sees it, which only the test moves."""
+    """Returns the timer's clock, which only the test advances."""
     now = [0.0]
     monkeypatch.setattr(step_timer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now

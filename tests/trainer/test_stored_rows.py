@@ -1,4 +1,4 @@
-"""A large file's examples, which lie in a file, train as those in memory do, and take little of it."""
+"""Examples of a large file are stored on disk, train like those in memory, and need little memory."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from worker.trainer.stored_rows import StoredExamples, keep
 
 
 def made(count: int, seed: int = 0) -> Iterator[Block]:
-    """Groups as lines give them: none, one or two examples, of one row or two."""
+    """Yields random blocks as a file's lines give them: none to two examples, each of one or two rows."""
     dice = random.Random(seed)
 
     def row() -> Row:

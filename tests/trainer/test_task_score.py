@@ -1,4 +1,4 @@
-"""The task's score while a run goes on: on validation rows, without a trace in the training, and choosing the best."""
+"""A run scores the task on validation rows while it trains, without changing the training, and picks the best step."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ LEARNT = {"n_epochs": 60, "technique": Lora(r=16), "batch_size": 6}
 
 
 def test_scoring_the_task_changes_nothing_about_the_training(tmp_path: Path, tiny: Path) -> None:
-    """Dropout draws the same numbers whether or not the model has answered between two steps."""
+    """Dropout draws the same numbers with and without answers between two steps."""
     found = []
     for rows in (0, 3):
         settled = plan(technique=Lora(r=4, alpha=64, dropout=0.5), n_epochs=3, evaluation=Evaluation(task_rows=rows))
@@ -41,7 +41,7 @@ def test_scoring_the_task_changes_nothing_about_the_training(tmp_path: Path, tin
 
 
 def test_the_task_ends_the_run_and_its_best_step_becomes_the_model(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """The loss of memorised rows falls to the end; the score is full long before."""
+    """The loss of memorised rows falls until the end, while the score reaches its maximum long before."""
     by_task = EarlyStopping(patience=3, metric="task")
     settled = plan(**LEARNT, early_stopping=by_task, evaluation=Evaluation(task_rows=4, every_steps=4))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS)
@@ -53,9 +53,9 @@ def test_the_task_ends_the_run_and_its_best_step_becomes_the_model(tmp_path: Pat
     scores = {step: message.task_score for step, message in evaluated.items()}
     losses = {step: message.loss for step, message in evaluated.items()}
     assert finished.stopped_early
-    assert finished.step == max(scores, key=scores.__getitem__)  # the first of equal ones
+    assert finished.step == max(scores, key=scores.__getitem__)  # the first of equal scores
     assert finished.steps == finished.step + 3 * 4 < 60
-    assert min(losses, key=losses.__getitem__) == finished.steps  # by loss it would be the last
+    assert min(losses, key=losses.__getitem__) == finished.steps  # by the loss, the last step would be best
     assert scores[finished.step] == 1
     shown = evaluated[finished.step].samples
     assert [sample["answer"] for sample in shown] == [sample["wanted"] for sample in shown]

@@ -1,4 +1,4 @@
-"""What a base can be trained with is tried when it is added, on a small copy of it."""
+"""When a base is added, each technique is tried on a small copy of it."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def of_family(name: str) -> Any:
 
 
 def large() -> Any:
-    """A Llama of 70B weights."""
+    """Returns a Llama of 70B weights without storage."""
     sizes = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
     return skeleton(transformers.LlamaConfig(**sizes, intermediate_size=28672, vocab_size=128256))
 

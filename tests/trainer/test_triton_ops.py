@@ -1,4 +1,4 @@
-"""Every Triton kernel against its definition in float64, on fresh random inputs and odd shapes: `pytest -m gpu`."""
+"""Compares every Triton kernel with its definition in float64, on random inputs and odd shapes: `pytest -m gpu`."""
 
 from itertools import pairwise
 
@@ -40,7 +40,7 @@ def test_norm_of_a_sum(width: int, learns: bool, adds: bool) -> None:
     inputs = [x, weight] if residual is None else [x, weight, residual]
     copies = exact(*inputs)
     total = copies[0] + copies[2] if adds else copies[0]
-    # The sum is rounded before it is normed, as in the model.
+    # The sum is rounded before it is normalised, as in the model.
     rounded = total + (total.detach().bfloat16().double() - total.detach())
     wanted = rounded * torch.rsqrt(rounded.pow(2).mean(-1, keepdim=True) + 1e-5) * copies[1]
     grad, grad_total = (torch.randn(3, 37, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -138,7 +138,7 @@ def test_rows_attend_to_themselves_alone(heads: int, fewer: int, width: int, win
     lengths = [70, 1, 300, 33]
     ends = [sum(lengths[:i]) for i in range(5)]
     assert [end - start for start, end in pairwise(ends)] == lengths
-    # Rows without a token pad the number of rows.
+    # Two rows without tokens pad the number of rows.
     borders = attention.Borders(torch.tensor([*ends, ends[-1], ends[-1]], dtype=torch.int32, device="cuda"), 512)
     if not attention.available(width, window):
         pytest.skip("this torch has no variable-length attention with a window")

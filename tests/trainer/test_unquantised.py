@@ -1,4 +1,4 @@
-"""A QLoRA adapter scored on its base in four bits and as it is stored, with the difference on the same rows."""
+"""A QLoRA adapter is scored on its 4-bit base and on the stored base, with the difference on the same rows."""
 
 import json
 import shutil

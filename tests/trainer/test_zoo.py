@@ -1,5 +1,4 @@
-"""Every family of the zoo through the real trainer, against plain transformers and PEFT.
-
+"""Trains every family of the zoo with the real trainer, and compares it with plain transformers and PEFT.
 The reference computes each row alone, unpadded, with eager attention and PEFT's own layers.
 """
 
@@ -31,14 +30,14 @@ from worker.trainer.run import carry_out, prepare
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
 
-# PEFT looks among modules for ranks that it gave to experts' parameters, and tells what it does with Conv1D.
+# PEFT searches modules for the ranks that it gave to experts' parameters, and warns about its handling of Conv1D.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
 ]
 
 ROWS = [chat(i, words=words) for i, words in enumerate((2, 9, 1, 5, 12, 3))]
-"""Of 33 to 92 tokens: on both sides of the window and of the RoPE thresholds of the zoo."""
+"""Rows of 33 to 92 tokens, on both sides of the zoo's attention windows and RoPE thresholds."""
 KNOBS: dict[str, Technique] = {
     "lora": Lora(r=4, alpha=8),
     "qlora": Qlora(r=4, alpha=8, compute_dtype="float32"),
@@ -52,9 +51,9 @@ def cases(
     wrong_today: bool = False,
     quick: Collection[str] = zoo.IN_EVERY_RUN,
 ) -> pytest.MarkDecorator:
-    """All families with the techniques that they can be trained with, those not in `quick` as slow tests.
+    """Returns the parameters of a test: all families with their techniques, as slow tests if not in `quick`.
 
-    `wrong_today`: those with a fault must fail.
+    `wrong_today`: families with a known fault are expected to fail.
     """
     params = []
     for name, entry in zoo.FAMILIES.items():
@@ -69,7 +68,7 @@ def cases(
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The converted base of a family, made once."""
+    """Returns a function that gives a family's converted base, which is made only once."""
     made: dict[str, Path] = {}
 
     def of(family: str) -> Path:
@@ -83,7 +82,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def prepared(folder: Path, base: Path, technique: str, knobs: Technique | None = None, **changes: Any) -> Training:
-    """A run over all rows in one step, unclipped, its adapters random: with B = 0, A has no gradient."""
+    """Prepares an unclipped run with all rows in one step and random adapters: with B = 0, A has no gradient."""
     settled = {
         "technique": knobs or KNOBS[technique],
         "batch_size": len(ROWS),
@@ -100,7 +99,7 @@ def prepared(folder: Path, base: Path, technique: str, knobs: Technique | None =
 
 
 def reference(base: Path, technique: str, family: zoo.Family, **options: Any) -> Any:
-    """The model as plain transformers and PEFT make it. `options`: of PEFT's adapter."""
+    """Returns the model as plain transformers and PEFT make it. `options`: further fields of LoraConfig."""
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
         base,
@@ -128,16 +127,16 @@ def learning(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def loss_of_rows_alone(model: Any, t: Training) -> Tensor:
-    """The mean loss over all labelled tokens, each row by itself."""
+    """Returns the mean loss over all labelled tokens, with each row computed alone."""
     total = torch.zeros(())
-    for row in sorted(t.rows.rows, key=len):  # dynamic RoPE keeps what a longer row needed
+    for row in sorted(t.rows.rows, key=len):  # dynamic RoPE keeps the frequencies of a longer row
         logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1].float()
         total = total + functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum")
     return total / sum(row.labelled for row in t.rows.rows)
 
 
 class Capturing(MessageWriter):
-    """Keeps what a run says."""
+    """Keeps the training losses that a run reports."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -150,7 +149,7 @@ class Capturing(MessageWriter):
 
 
 def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
-    """The loss and the gradients of the run's first step, taken by the loop itself."""
+    """Takes the run's first step with the real training loop, and returns its loss and gradients."""
     writer, gradients = Capturing(), {}
     step = t.optimizer.step
 
@@ -233,7 +232,7 @@ def test_exported_model_is_the_one_in_memory(
     ids = torch.tensor([t.rows.rows[0].input_ids])
     with torch.no_grad():
         loaded = exported(tmp_path / "out", base_of(family), technique)(ids).logits
-        if technique == "full":  # the artifact's type
+        if technique == "full":  # round to the artifact's dtype
             for name, parameter in t.parameters.items():
                 if not re.search(zoo.FAMILIES[family].in_fp32 or "$^", name):
                     parameter.copy_(parameter.to(torch.bfloat16))
@@ -242,7 +241,7 @@ def test_exported_model_is_the_one_in_memory(
 
 
 def exported(folder: Path, base: Path, technique: str) -> Any:
-    """The artifact as its user loads it; a QLoRA's base in the four bits that it was trained on."""
+    """Loads the artifact as its user does; a QLoRA's base in the same four bits as in training."""
     if technique == "full":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if technique == "qlora":
@@ -264,7 +263,7 @@ def test_technique_that_a_family_cannot_have_is_refused(
 
 
 class Stopping(MessageWriter):
-    """Asks the run to stop once a step has been taken."""
+    """Asks the run to stop after a given step."""
 
     def __init__(self, step: int, stop_signal: StopSignal) -> None:
         super().__init__(None)
