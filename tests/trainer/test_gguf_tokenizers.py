@@ -1,4 +1,4 @@
-"""llama.cpp tokenizes texts as in training, with tokenizers of several families, or the export is refused.
+"""llama.cpp tokenises texts as in training, with tokenizers of several families, or the export is refused.
 
 The tokenizers come from packages; each gets a tiny random model.
 """

@@ -30,7 +30,7 @@ def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_byte_pair_tokenizer_of_an_unknown_rule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another pre-tokenization rule would split words into other tokens than the model was trained on."""
+    """Another pre-tokenisation rule would split words into other tokens than the model was trained on."""
     monkeypatch.setattr(gguf_files, "_tokenizer_info", lambda _path: ("gpt2", "something-new", set()))
 
     with pytest.raises(UnusableModel, match="the unsupported rule 'something-new'"):
