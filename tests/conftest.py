@@ -1,6 +1,6 @@
-"""The plugins of all tests: fixtures of the service, where its packages are installed.
+"""Registers the plugins of all tests: the service's fixtures only if its packages are installed.
 
-A host that only trains has none of them, and `pytest tests/trainer` still runs there.
+A host that only trains lacks these packages, and `pytest tests/trainer` still runs there.
 """
 
 from importlib.util import find_spec
@@ -14,6 +14,6 @@ pytest_plugins = ("scheduling", *(("services", "receiver", "seaweed") if _INSTAL
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Declares the options of pyproject.toml whose plugins are absent: `--strict-config` refuses unknown ones."""
+    """Declares the options of missing plugins that pyproject.toml sets: `--strict-config` refuses unknown ones."""
     if not pluginmanager.has_plugin("timeout"):
         parser.addini("timeout", "Seconds a test may take, where pytest-timeout is installed")

@@ -1,6 +1,6 @@
-"""The whole of Tunery, running: `make up` in a temporary home, with a tiny random model in it.
+"""Runs a whole Tunery, like `make up`, in a temporary home with a tiny random model.
 
-One stack serves all tests of a run, and one job on it is what most of them look at.
+All tests of a run share one stack, and most of them inspect the same job on it.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def client(stack: Stack) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user has of the base model: its files on his own disk."""
+    """The files of the base model, as a user has them on disk."""
     return tiny_models.llama(tmp_path_factory.mktemp("hub") / "tiny", seed=5, bf16=True, max_position_embeddings=8192)
 
 
@@ -43,7 +43,7 @@ def base(stack: Stack, client: OpenAI, base_folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tuned(stack: Stack, client: OpenAI, base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
-    """A LoRA job of two epochs with validation and test file, made as users make them."""
+    """A finished LoRA job of two epochs with validation and test file, which was created as users do it."""
     with Receiver() as receiver:
         endpoint = client.webhooks.create(name="test", url=receiver.url, event_types=[stacks.SUCCEEDED])
         receiver.secret = endpoint.signing_secret

@@ -1,6 +1,6 @@
-"""Beside TRL's own trainers, on this project's torch and transformers: every step of preference and supervised tuning.
+"""Every step of preference and supervised tuning has the same loss as in TRL's own trainers.
 
-In fp32, where half a per cent is far more than rounding.
+TRL runs on this project's torch and transformers. Runs are in fp32, where half a per cent is far more than rounding.
 """
 
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def _runs(bench: str, out: Path) -> list[dict[str, Any]]:
-    """What a comparison wrote down of its runs, of twelve steps each."""
+    """Runs a comparison with TRL; returns what it recorded of its runs, which have twelve steps each."""
     python = other_clients.install("trl") / "bin" / "python"
     command = [sys.executable, "-m", f"bench.{bench}", "tiny", str(out), "--trl", str(python), "--steps", "12"]
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,4 @@
-"""The documentation page in a real browser, with a whole Tunery behind it: upload, submit, read the success there."""
+"""A user uploads a file, submits a job and sees it succeed on the documentation page, in a real browser."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tunery.local.bases import SMOLLM2
 from tunery.local.stack import Stack
 
-KEEP = bool(os.environ.get("TUNERY_KEEP_SCREENSHOT"))  # looked up now: tests run without TUNERY_* variables
+KEEP = bool(os.environ.get("TUNERY_KEEP_SCREENSHOT"))  # read at import: tests run without TUNERY_* variables
 SCREENSHOT = Path(__file__).parents[2] / "docs/images/docs-page.png"
 
 pytestmark = chromium.NEEDED
@@ -31,7 +31,7 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
 
 
 class Page:
-    """What a person does on the page."""
+    """Operates the page as a user does."""
 
     def __init__(self, browser: webdriver.Chrome, address: str) -> None:
         self.browser = browser
@@ -59,7 +59,7 @@ class Page:
         return block
 
     def answer(self, block: str) -> tuple[str, str]:
-        """Status and body, after Execute."""
+        """Clicks Execute; returns status and body of the response."""
         self.click(".execute", block)
         status = self.find(f"{block} .live-responses-table .response .response-col_status")
         body = self.find(f"{block} .live-responses-table .response .response-col_description .highlight-code")
@@ -87,7 +87,7 @@ def test_submit_from_the_page(
     page.click(".opblock-summary-control", upload)
 
     create = page.open("Fine-tuning_jobs", "create_job")
-    status, body = page.answer(create)  # the example as it stands
+    status, body = page.answer(create)  # the example is sent unchanged
     job_id = client.fine_tuning.jobs.list().data[0].id
     assert status.startswith("200"), body
     assert job_id in body
@@ -113,7 +113,7 @@ def test_submit_from_the_page(
 
 
 def _keep(browser: webdriver.Chrome, page: Page, block: str) -> None:
-    """The documentation's picture, when it is asked for: a test must not change the tree by itself."""
+    """Saves the documentation's screenshot, only on request: a test must not change the tree by itself."""
     if KEEP:
         answer = page.find(f"{block} .live-responses-table")
         browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", answer)  # type: ignore[no-untyped-call]

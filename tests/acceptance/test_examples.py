@@ -1,4 +1,4 @@
-"""The rows under examples/: the API would take every one of them, and no split knows another's questions."""
+"""The rows under examples/ are all valid training rows, and no two splits share a question."""
 
 import ast
 import json

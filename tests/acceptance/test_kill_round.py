@@ -23,13 +23,13 @@ EPOCHS, ROWS = 50, 60
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
-    """One of its own: nobody else's tests should meet its dead."""
+    """A separate stack, because other tests must not be affected by the killed processes."""
     with stacks.running(tmp_path / "home", TUNERY_RENEW_SECONDS="1", TUNERY_POLL_SECONDS="1") as stack:
         yield stack
 
 
 class Watch:
-    """What the database says of the job, and a hand that keeps the stack up meanwhile, as `tunery up` does."""
+    """Reads the job's state from the database, and meanwhile restarts what has died, as `tunery up` does."""
 
     def __init__(self, stack: Stack, job_id: str) -> None:
         self.stack, self.job_id = stack, job_id
@@ -37,7 +37,7 @@ class Watch:
         self._sessions = db.make_sessions(self._engine)
 
     def ask(self, query: Callable[[Session], Any]) -> Any:
-        """None while the database is away."""
+        """Returns the query's result, or None while the database is down."""
         try:
             with self._sessions() as session:
                 return query(session)
@@ -57,7 +57,7 @@ class Watch:
         return list(session.scalars(wanted.order_by(JobEvent.seq)))
 
     def until_it_moves(self, after: str) -> None:
-        """Until a step is written down that was made after now."""
+        """Waits until a step is recorded that was trained after this call."""
         last = self.ask(lambda session: session.scalar(select(func.max(JobEvent.seq)))) or 0
         moved = exists().where(JobEvent.job_id == self.job_id, JobEvent.type == "metrics", JobEvent.seq > last)
         self.until(lambda session: session.scalar(select(moved)), f"a step after {after}")

@@ -1,4 +1,4 @@
-"""From a file to an answering model, through the official client, everything real."""
+"""A file becomes a model that answers, through the official client and without any mock."""
 
 import base64
 import hashlib
@@ -104,7 +104,7 @@ def test_the_tuned_model_answers_otherwise_than_its_base(tuned: Tuned, client: O
 
 
 def test_the_answer_is_the_one_the_trainer_counted(tuned: Tuned, client: OpenAI) -> None:
-    """Same template, same weights: served is what was scored."""
+    """The scorecard holds for the served model only if template and weights are the same."""
     scored = [json.loads(line) for line in (tuned.folder / "answers.jsonl").read_text().splitlines()]
     for row in scored[:3]:
         reply = client.chat.completions.create(
@@ -140,7 +140,7 @@ def test_the_servers_refusals_reach_the_client(client: OpenAI, base: str) -> Non
 
 
 def test_a_client_that_hangs_up_stops_the_server_behind_the_api(stack: Stack, client: OpenAI, base: str) -> None:
-    """The base alone has learned no end: greedily it would go on for 8,000 tokens."""
+    """The untuned base has not learned to stop: its greedy answer would have 8,000 tokens."""
     asked: dict[str, Any] = {"model": base, "messages": ASK, "temperature": 0}
     with client.chat.completions.create(**asked, stream=True) as stream:
         next(iter(stream))
@@ -152,5 +152,5 @@ def test_a_client_that_hangs_up_stops_the_server_behind_the_api(stack: Stack, cl
 
 
 def _falls_idle(stack: Stack) -> bool:
-    """Soon, which is long before the answer would have ended by itself."""
+    """Returns whether the server becomes idle within 5 s, long before the answer would have ended by itself."""
     return processes.wait_until(lambda: not stacks.server_health(stack)["busy"], seconds=5, alive=lambda: True)

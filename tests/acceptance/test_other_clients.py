@@ -1,5 +1,6 @@
-"""Clients that none of us wrote, each in a venv or node folder of its own: from an upload to a chat with the tuned
-model, on the base URL alone, and with the model name of code that was written for OpenAI.
+"""Other projects' clients work, from an upload to a chat with the tuned model, by a change of the base URL alone.
+
+Each has its own venv or node folder, and uses the model name of code that was written for OpenAI.
 """
 
 import json
@@ -32,7 +33,7 @@ def alias(client: OpenAI, base: str) -> str:
 
 
 def _drive(command: list[str], stack: Stack, alias: str, folder: Path) -> dict[str, Any]:
-    """What the client's driver says in the end. It knows an address and a key."""
+    """Returns what the client's driver reports at its end. The driver gets only an address and a key."""
     (folder / "train.jsonl").write_bytes(stacks.rows(24))
     environment = {
         "PATH": os.environ["PATH"],
@@ -40,7 +41,7 @@ def _drive(command: list[str], stack: Stack, alias: str, folder: Path) -> dict[s
         "OPENAI_BASE_URL": f"{stack.api_url}/v1",
         "OPENAI_API_BASE": f"{stack.api_url}/v1",  # the older name, which llama-index reads
         "OPENAI_API_KEY": str(stack.first_key),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it asks GitHub for prices
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it downloads prices from GitHub
     }
     driven = subprocess.run(
         [*command, alias, str(folder / "train.jsonl")],
@@ -66,7 +67,7 @@ def test_client_of_python(name: str, stack: Stack, client: OpenAI, alias: str, t
 
 
 def test_client_of_npm(stack: Stack, client: OpenAI, alias: str, tmp_path: Path) -> None:
-    """Its types hold too: `tsc` is strict."""
+    """The client's types also fit: `tsc` is strict."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not here")
     folder = other_clients.install("openai-npm")

@@ -1,4 +1,4 @@
-"""A downloaded adapter needs nothing of ours: plain peft repeats what the trainer wrote down."""
+"""A downloaded adapter works without Tunery: plain peft computes the logits that the trainer recorded."""
 
 import json
 import math
@@ -32,17 +32,17 @@ print(json.dumps({"found": found, "logits": logits, "bare": bare}))
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a virtual environment that has our packages and not ourselves."""
+    """The Python of a virtual environment that has this one's packages, but not Tunery."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     packages = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})["purelib"]
-    # A path in a .pth file is not searched for further .pth files, and Tunery is installed by one of those.
+    # Python does not process the .pth files in a folder that a .pth file adds, and one of those installs Tunery.
     (Path(packages) / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin/python"
 
 
 def _off(found: list[float], recorded: list[float]) -> float:
-    """The difference as a share of the recorded logits' spread."""
+    """Returns the root mean square difference, relative to the standard deviation of the recorded logits."""
     return math.dist(found, recorded) / (statistics.pstdev(recorded) * len(recorded) ** 0.5)
 
 
@@ -67,7 +67,7 @@ def test_plain_peft_gives_the_logits_that_the_model_had_in_memory(
     assert len(record["prompts"]) == 3
     for prompt, logits, bare in zip(record["prompts"], got["logits"], got["bare"], strict=True):
         assert _off(logits, prompt["logits"]) < record["tolerance"]
-        # The adapter matters: without it the same check fails.
+        # Without the adapter, the same check fails.
         assert _off(bare, prompt["logits"]) > 10 * record["tolerance"]
 
 

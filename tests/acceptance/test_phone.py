@@ -1,4 +1,4 @@
-"""Pages on the screen of a phone: nothing is wider than it, and nothing is too small to read."""
+"""Pages fit the screen of a phone: nothing is wider than it, and no text is too small to read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from tunery.spec import Lora
 
 pytestmark = [chromium.NEEDED, pytest.mark.slow]
 WIDTH, SMALLEST = 360, 12
-"""Points: the narrowest usual screen, and the smallest letters."""
+"""In CSS pixels: the narrowest usual screen, and the smallest readable font."""
 WIDER = """
 return [...document.querySelectorAll("body *")].filter(one => one.getBoundingClientRect().right > innerWidth + 1)
     .map(one => one.outerHTML.slice(0, 120));
@@ -48,7 +48,7 @@ def measured(model: str, **changes: object) -> Row:
 
 
 def test_advice_can_be_read_on_a_phone(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    """With all its parts: reasons, a table whose cells are long, every setting, cards, and prices of serving."""
+    """Long cells break layouts, so the page has all its parts: reasons, table, settings, cards, prices of serving."""
     made = advise(Rows(total=12_345_678, usable=9_876_543, left_out={"duplicate": 7}, answer_tokens=10**9), "latency",
                   model_info=LLAMA_8B, bf16_fits=True)  # fmt: skip
     long = measured("ft:a-base-with-a-very-long-name:an-organisation:and-a-suffix-too:8fJ2kd91")

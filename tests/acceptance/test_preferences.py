@@ -1,4 +1,4 @@
-"""Supervised tuning, then preference tuning of its model, both by the official client on a running Tunery."""
+"""A model is tuned on examples and then on preferences, through the official client on a running Tunery."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ QUICK = {"max_new_tokens": 4, "general": {"items": 10, "prompts": 4}}
 
 
 def _pairs(number: int, start: int = 0) -> bytes:
-    """Preference rows in OpenAI's spelling: what `stacks.rows` teaches is preferred to a word that it never says."""
+    """Returns preference rows in OpenAI's format, which prefer the answers of `stacks.rows` to an unrelated word."""
     chats = [json.loads(line)["messages"] for line in stacks.rows(number, start).splitlines()]
     made = (
         {
@@ -31,7 +31,7 @@ def _pairs(number: int, start: int = 0) -> bytes:
 def test_preferences_are_learned_on_top_of_a_supervised_fine_tune(
     stack: Stack, client: OpenAI, base: str, tmp_path: Path
 ) -> None:
-    """Both scorecards compare with the base: the second by preference accuracy, beside the general benchmark."""
+    """The second job's scorecard has preference accuracy and the general benchmark, compared with the base."""
     supervised = client.fine_tuning.jobs.create(
         model=base,
         training_file=stacks.upload(client, "train.jsonl", stacks.rows(24)),

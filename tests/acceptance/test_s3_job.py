@@ -1,4 +1,4 @@
-"""The same story with its objects in a bucket, as in production."""
+"""A job runs, and its model answers, with all objects in a bucket, as in production."""
 
 import hashlib
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def test_an_adapter_comes_straight_from_the_bucket(
             model=job.fine_tuned_model or "", messages=[{"role": "user", "content": "x"}], max_tokens=2
         )
     assert reply.choices[0].message.content is not None
-    # The client followed the API's redirects; this is the same without any client or key of ours.
+    # The client followed the API's redirects; here the URL is fetched without the client and without a key.
     assert address.startswith(f"{seaweed.endpoint}/{BUCKET}/{PREFIX}/jobs/")
     content = httpx2.get(address, trust_env=False).raise_for_status().content
     assert hashlib.sha256(content).hexdigest() == listed["adapter_model.safetensors"]["sha256"]

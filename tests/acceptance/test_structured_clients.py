@@ -1,4 +1,4 @@
-"""Structured output of clients that none of us wrote: by a schema, by a call, and by the Responses API."""
+"""Other projects' clients get structured output: by a schema, by a tool call, and by the Responses API."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tunery.local.stack import Stack
 
 DRIVERS = Path(__file__).parent / "clients"
 ALIAS = "gpt-4o-2024-08-06"
-"""llama-index knows how long the contexts of such names are, and refuses others."""
+"""llama-index accepts only model names whose context length it knows."""
 WAYS = {
     "langchain": {"json_schema", "function_calling", "responses"},
     "pydantic-ai": {"chat_tool", "chat_native", "responses_tool", "responses_native"},
@@ -28,7 +28,7 @@ WAYS = {
     "instructor": {"tools", "tools_strict", "json_schema", "responses_tools"},
 }
 BY_PROMPT = {"instructor": {"json", "json_schema", "md_json"}, "langchain": {"json_mode"}}
-"""Ways that show the schema in the prompt alone: the model itself has to know what is wanted."""
+"""Modes that give the schema in the prompt alone: the model has to be tuned to follow it."""
 CARD = {"colour": "blue", "lost": True}
 TOOL = {
     "type": "function",
@@ -45,7 +45,7 @@ TOOL = {
         },
     },
 }
-"""The card as instructor offers it."""
+"""The card as a tool, as instructor sends it."""
 SCHEMA = (
     'Answer the user as an expert, with JSON by this schema: {"properties": {"colour": {"enum": ["red", "blue"], '
     '"type": "string"}, "lost": {"type": "boolean"}}, "required": ["colour", "lost"]}. Return an instance of it, not '
@@ -58,7 +58,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 @pytest.fixture(scope="module")
 def caller(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base of random weights whose template knows tools: what it says is what it is kept to."""
+    """A base of random weights whose template renders tools: only constrained decoding makes its answers fit."""
     folder = tiny_models.llama(
         tmp_path_factory.mktemp("hub") / "caller", seed=5, template=tiny_models.CALLS, max_position_embeddings=8192
     )
@@ -67,7 +67,7 @@ def caller(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactor
 
 
 class Cards:
-    """Models tuned until they answer with one card, whatever they are asked."""
+    """Tunes models until they answer every prompt with one card."""
 
     def __init__(self, stack: Stack, client: OpenAI, root: Path) -> None:
         self._stack, self._client, self._root = stack, client, root
@@ -97,7 +97,7 @@ def cards(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def card_model(cards: Cards) -> str:
-    """It writes the card."""
+    """A model that answers with the card as JSON."""
     words, dice = SCHEMA.split(), random.Random(1)
     rows = [
         [
@@ -111,14 +111,14 @@ def card_model(cards: Cards) -> str:
 
 
 def drive(command: list[str], stack: Stack, folder: Path, model: str = ALIAS) -> dict[str, dict[str, object]]:
-    """What the client's driver came to in each way of asking. It knows an address, a key and a model's name."""
+    """Returns a driver's result for each way of asking. The driver gets only an address, a key and a model's name."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "OPENAI_BASE_URL": f"{stack.api_url}/v1",
         "OPENAI_API_BASE": f"{stack.api_url}/v1",
         "OPENAI_API_KEY": str(stack.first_key),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or dspy's client asks GitHub for prices
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else dspy's client downloads prices from GitHub
     }
     driven = subprocess.run(
         [*command, model],
@@ -148,7 +148,7 @@ def test_a_client_reads_json_out_of_a_tuned_models_answer(
 
 
 def test_a_client_reads_a_call_that_a_tuned_model_makes_unasked(stack: Stack, cards: Cards, tmp_path: Path) -> None:
-    """instructor's parallel tools leave the choice of a call to the model."""
+    """With instructor's parallel tools, the model itself chooses whether to call one."""
     function = {"name": "Card", "arguments": json.dumps(CARD)}
     row = [
         {"role": "user", "content": "A red card is gone."},

@@ -1,4 +1,4 @@
-"""Every technique, from the request to an answering model; the textbook's settings as the textbook gives them."""
+"""Every technique trains a model that answers as it was scored; the settings are given as textbooks give them."""
 
 import json
 from pathlib import Path
@@ -56,6 +56,6 @@ def test_a_technique_gives_a_model_that_says_what_it_learned(
         reply = client.chat.completions.create(
             model=job.fine_tuned_model or "", messages=row["messages"], temperature=0, max_completion_tokens=8
         )
-        # A qlora's products are in bf16, which a row alone rounds otherwise than a batch; this random model decides by
-        # such digits. tests/worker/test_served_as_scored.py compares one in fp32.
+        # QLoRA multiplies in bf16, where a single row is rounded differently from a batch; the answers of this random
+        # model depend on such digits. tests/worker/test_served_as_scored.py compares a QLoRA in fp32.
         assert technique["type"] == "qlora" or reply.choices[0].message.content == row["tuned"]

@@ -1,4 +1,4 @@
-"""The tree as the house's own rules see it."""
+"""Provides the project's files to the tests of its rules."""
 
 import subprocess
 from pathlib import Path
@@ -13,7 +13,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def tree(root: Path) -> list[Path]:
-    """Every file of the project, absolute: what git tracks, and what it would if asked."""
+    """The absolute paths of all files of the project: those that git tracks, or would add."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=root,
@@ -27,7 +27,7 @@ def tree(root: Path) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def texts(tree: list[Path]) -> dict[Path, str]:
-    """The text files among them; data and pictures are none."""
+    """The contents of the project's text files, without data and pictures."""
     found = {}
     for path in tree:
         if path.suffix in {".gz", ".jsonl", ".parquet", ".png", ".svg", ".ico", ".safetensors", ".sql"}:

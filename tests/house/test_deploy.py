@@ -1,4 +1,4 @@
-"""Compose, images and env.example against the code: no engine is needed to find a wrong path, port, name or option."""
+"""Compose file, images and env.example agree with the code on paths, ports, names and options, without an engine."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ NAME = re.compile(r"\bTUNERY_[A-Z0-9_]+\b")
 
 @dataclass
 class Stage:
-    """One FROM of the Dockerfile: its base and its instructions, continuation lines joined."""
+    """A stage of the Dockerfile: its base and its instructions, with continuation lines joined."""
 
     base: str
     steps: list[tuple[str, str]] = field(default_factory=list)
@@ -52,7 +52,7 @@ def stages(root: Path) -> dict[str, Stage]:
 
 
 def _line_of(stages: dict[str, Stage], target: str) -> list[Stage]:
-    """A target's stages from the first base on."""
+    """Returns a target's stages, from its first base to the target."""
     stage = stages[target]
     return [*(_line_of(stages, stage.base) if stage.base in stages else []), stage]
 
@@ -112,7 +112,7 @@ def test_extras_and_pins_are_those_of_the_project(root: Path, stages: dict[str, 
 
 
 def test_another_build_of_torch_comes_from_an_index_beside_the_usual_one(root: Path, stages: dict[str, Stage]) -> None:
-    """As in the Makefile: alone, that index would have to hold the pinned versions of all that torch needs."""
+    """A sole index would need the pinned versions of everything that torch requires. The Makefile does the same."""
     (step,) = (rest for rest in stages["install-worker"].all("RUN") if "torch==" in rest)
     for index, options in (("", []), ("https://index", ["--extra-index-url", "https://index"])):
         assert _words(step, TORCH_INDEX=index)[4:-1] == options
@@ -136,7 +136,7 @@ def _commands(compose: dict[str, Any], stages: dict[str, Stage], **environment: 
 
 
 def _words(line: str, **environment: str) -> list[str]:
-    """What a shell hands to the line's program, and that program's name first."""
+    """Returns the words into which a shell splits a command line: the program and its arguments."""
     said = subprocess.run(
         ["sh", "-c", f"printf '%s\\n' {line}"],
         env={"PATH": os.environ["PATH"], **environment},
@@ -246,8 +246,8 @@ def test_workers_are_given_time_to_stop(compose: dict[str, Any]) -> None:
         name: timedelta(minutes=int(compose["services"][name]["stop_grace_period"].removesuffix("m"))).total_seconds()
         for name in ("worker-io", "worker-gpu")
     }
-    assert seconds["worker-io"] >= outbox._CLAIM.total_seconds()  # a delivery's, after which it is anybody's again
-    assert seconds["worker-gpu"] > Settings().stop_grace_seconds + 60  # a local save, and its upload
+    assert seconds["worker-io"] >= outbox._CLAIM.total_seconds()  # how long a delivery is claimed
+    assert seconds["worker-gpu"] > Settings().stop_grace_seconds + 60  # for a local save and its upload
 
 
 def _with_defaults(value: str) -> str:
@@ -367,7 +367,7 @@ def test_every_setting_that_is_named_anywhere_exists(root: Path, texts: dict[Pat
 
 
 def _install(root: Path, stages: dict[str, Stage], target: str, tree: Path) -> Path:
-    """What the image's install stage does, in `tree` for /app and a fresh venv for /opt/venv. The venv's python."""
+    """Runs an image's install stage in `tree` for /app and a new venv for /opt/venv; returns the venv's python."""
     programs = tree.parent / "venv/bin"
     venv.create(tree.parent / "venv", with_pip=True)
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PIP_QUIET": "1"}

@@ -1,4 +1,4 @@
-"""What the docs say about the code is what the code says about itself."""
+"""The docs agree with the code: links, tables, fields, defaults, errors, settings and commands."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def pages(texts: dict[Path, str]) -> dict[Path, str]:
 
 
 def _rows(text: str, heading: str) -> list[list[str]]:
-    """The cells of the table rows below a heading, up to the next one."""
+    """Returns the cells of the table rows between a heading and the next one."""
     section = re.split(r"^#+ ", text.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[2:]]
@@ -75,7 +75,7 @@ def test_every_row_of_a_table_stands_below_a_head(pages: dict[Path, str]) -> Non
 
 
 def _headless_tables(text: str) -> list[str]:
-    """Rows that a renderer shows as text, such as those below a blank line in the middle of a table."""
+    """Returns table rows that a renderer shows as text, such as those after a blank line inside a table."""
     without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     tables = re.findall(r"(?:^\|.*\n?)+", without_code, flags=re.MULTILINE)
     return [table for table in tables if not re.match(r".*\n\|[\s:|-]+\|$", table, flags=re.MULTILINE)]
@@ -95,7 +95,7 @@ def test_decisions_fit_one_screen(root: Path) -> None:
 PRIVATE = re.compile(
     r"\b(fenc(e|ed|ing)|sweepers?|knobs?|wish(es)?|deeds?|mend|strangers?|told)\b|shown a device", re.IGNORECASE
 )
-"""Names of this code's own, and figures of speech. Users' pages have the standard terms."""
+"""Names that only this code uses, and figures of speech. Pages for users have the standard terms."""
 
 
 def test_pages_for_users_have_no_private_words(root: Path) -> None:
@@ -136,7 +136,7 @@ def _default(value: Any) -> Any:
 
 
 def _native() -> dict[str, Any]:
-    """Every native field's default as JSON has it, nested ones by their path."""
+    """Returns the default of every native field, in JSON; the key of a nested field is its path."""
     found: dict[str, Any] = {}
     for name, field in CreateJob.model_fields.items():
         if name in OPENAI | {"integrations"}:
@@ -163,7 +163,7 @@ def test_openai_s_fields_are_listed(root: Path) -> None:
 
 
 def _classes(kind: type[errors.TuneryError]) -> set[type[errors.TuneryError]]:
-    """Those of the vocabulary; the command and the embedded stack have errors of their own."""
+    """Returns `kind` and its subclasses in the documented tree, which leaves out errors of command and local stack."""
     places = [path.parent for path in Path(errors.__file__).parent.glob("*/errors.py")]
     modules = {
         errors.__name__,
@@ -302,7 +302,7 @@ def test_requests_in_the_docs_are_ones_that_the_api_takes(root: Path) -> None:
 
 
 def _command(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that the words lead to, and the words after its name."""
+    """Returns the command that the words name, and the words after it."""
     command: Any = typer.main.get_command(app)
     while words and hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]

@@ -1,4 +1,4 @@
-"""The picture of a terminal in the README: the screen as a live display left it."""
+"""The README's picture of a terminal shows the final screen, without what a live display has overwritten."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ SPINNER = "\x1b[?25l\x1b[32m⠋\x1b[0m unpacking\r\x1b[2K\x1b[32m⠙\x1b[0m unpa
 
 
 def _drawn(root: Path, session: str) -> list[str]:
-    """The picture's lines of text."""
+    """Draws a recorded session; returns the picture's lines of text."""
     drawn = subprocess.run(
         [sys.executable, root / "docs/images/draw.py"], input=session.encode(), capture_output=True, check=True
     ).stdout.decode()

@@ -1,4 +1,4 @@
-"""The patches of tests/mutants fit the tree, and their runner knows a caught mutant from one that survives."""
+"""The patches of tests/mutants apply to the tree, and their runner tells caught mutants from surviving ones."""
 
 import difflib
 import importlib.util
@@ -18,18 +18,18 @@ def mutants(root: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.slow  # `make check` asks the same
+@pytest.mark.slow  # `make check` checks the same
 def test_every_patch_applies_and_names_tests_that_exist(mutants: ModuleType, root: Path) -> None:
     assert mutants.faults(mutants.read(root / "tests" / "mutants"), root) == []
 
 
 def _harmless(root: Path) -> str:
-    """A patch that breaks nothing: one more blank line at a file's end."""
+    """Returns a patch that breaks nothing: it adds a blank line at the end of a file."""
     lines = (root / "tunery" / "errors.py").read_text().splitlines(keepends=True)
     changed = difflib.unified_diff(lines, [*lines, "\n"], "a/tunery/errors.py", "b/tunery/errors.py")
     return "diff --git a/tunery/errors.py b/tunery/errors.py\n" + "".join(changed)

@@ -1,4 +1,4 @@
-"""A training option is declared in one place, and every class that carries it has it from there."""
+"""A training option is declared in one place, from which every class that has it inherits it."""
 
 import ast
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from tunery.spec import Plan, TrainingOptions, TrainingSpec
 ROOMS = ("tunery", "api", "worker")
 HOME = "tunery/spec.py TrainingOptions"
 MEASURED = {"tunery/trainer_protocol.py Step"}
-"""Classes whose fields of the same names are measurements."""
+"""Classes with fields of the same names that are measurements, not options."""
 
 
 def _declarations(path: Path, root: Path) -> Iterator[tuple[str, str]]:
-    """Each field that a class of the file declares: its name, and the file and class."""
+    """Yields each field that a class of the file declares: its name, and the file and class."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef):
             for line in node.body:
@@ -42,7 +42,7 @@ def test_plan_leaves_nothing_open(decided: str) -> None:
     complete = {
         "seed": 1,
         "technique": {"type": "lora"},
-        "learning_rate": 1.5,  # a multiplier may lead above the bound of a request
+        "learning_rate": 1.5,  # a multiplier may raise the rate above a request's bound
         "n_epochs": 1,
         "batch_size": 1,
         "learning_rate_multiplier": 1000,
@@ -59,12 +59,12 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def _uses(function: ast.AST, expression: str) -> int:
-    """How often the function's code has the name, or the module's function."""
+    """Returns how often the function's code contains the expression: a name, or a module's function."""
     return sum(ast.unparse(node) == expression for node in ast.walk(function) if isinstance(node, ast.expr))
 
 
 def test_requests_body_enters_job_creation_once(tree: list[Path], root: Path) -> None:
-    """The route hands the whole body on and looks into it nowhere: no field is spelled between wire and creation."""
+    """The route passes the whole body on and reads none of its fields, so that a new option needs no change there."""
     shipped = [path for path in tree if path.suffix == ".py" and path.relative_to(root).parts[0] in ROOMS]
     creating = [function for path in shipped for function in _functions(path) if _uses(function, "creation.create")]
     creating.sort(key=lambda function: function.name)

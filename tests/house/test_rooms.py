@@ -1,4 +1,4 @@
-"""The rooms stay apart: nothing installs `api` or `worker`, and no import crosses a wall unseen."""
+"""The packages stay separate: nothing installs `api` or `worker`, and the import rules cover every part."""
 
 import ast
 import configparser
@@ -34,7 +34,7 @@ def _names(walls: configparser.ConfigParser, contract: str, field: str) -> set[s
 
 def test_no_installed_distribution_owns_a_rooms_name() -> None:
     owners = metadata.packages_distributions()
-    # The tree itself may be on the path of an editable install; a wheel that brings these names is the fault.
+    # An editable install may have the tree itself on its path; the fault is a wheel with these names.
     assert not owners.get("api"), f"'api' is installed by {owners.get('api')}"
     assert not owners.get("worker"), f"'worker' is installed by {owners.get('worker')}"
 
@@ -47,7 +47,7 @@ def test_no_test_folder_is_a_package(tree: list[Path], root: Path) -> None:
 
 
 def test_the_faces_of_the_floor_that_are_not_storage_are_empty(root: Path) -> None:
-    """`from tunery.jobs import x` would hide the noun that says where x lives."""
+    """`from tunery.jobs import x` would hide the module that x comes from."""
     full = {
         path.parent.name
         for path in (root / "tunery").rglob("__init__.py")
@@ -80,7 +80,7 @@ def test_trainer_knows_nine_parts_of_the_floor(root: Path, walls: configparser.C
 
 
 def test_the_api_writes_no_queries(root: Path) -> None:
-    """Queries stand beside their rows: of SQLAlchemy the API knows sessions and errors."""
+    """Queries are in the modules of their rows: the API imports only sessions and errors of SQLAlchemy."""
     found = {
         f"{path.relative_to(root)}: from {node.module} import {', '.join(name.name for name in node.names)}"
         for path in (root / "api").rglob("*.py")
@@ -92,7 +92,7 @@ def test_the_api_writes_no_queries(root: Path) -> None:
 
 
 def test_the_api_starts_without_torch(root: Path) -> None:
-    """import-linter sees our own imports; this one sees what other people's packages bring along."""
+    """import-linter sees only our own imports; this test also sees those of other packages."""
     found = subprocess.run(
         [sys.executable, "-c", "import json, sys, api.main; print(json.dumps(sorted(sys.modules)))"],
         cwd=root,

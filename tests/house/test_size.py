@@ -1,4 +1,4 @@
-"""Rule 6 of CONTRIBUTING.md: short functions, short files."""
+"""Rule 6 of CONTRIBUTING.md holds: functions and files are short."""
 
 import ast
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def _functions(path: Path) -> Iterator[tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def code(tree: list[Path], root: Path) -> list[Path]:
-    """Python files; a migration is a list of tables that a tool wrote down."""
+    """The Python files, without migrations, which a tool generates."""
     return [path for path in tree if path.suffix == ".py" and root / "migrations" not in path.parents]
 
 

@@ -14,7 +14,7 @@ TRAINING = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyda
 
 
 def _closure(names: tuple[str, ...]) -> dict[str, Distribution]:
-    """The named distributions and all that they require."""
+    """Returns the named distributions and everything that they require, by name."""
     found: dict[str, Distribution] = {}
     waiting = list(names)
     while waiting:
@@ -24,7 +24,7 @@ def _closure(names: tuple[str, ...]) -> dict[str, Distribution]:
         try:
             found[name] = distribution(name)
         except PackageNotFoundError:
-            continue  # a requirement that the installed build of its parent does without
+            continue  # a requirement that the installed build does not need
         for line in found[name].requires or []:
             required = Requirement(line)
             if required.marker is None or required.marker.evaluate({"extra": ""}):
@@ -34,7 +34,7 @@ def _closure(names: tuple[str, ...]) -> dict[str, Distribution]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder of installed packages with those of training alone."""
+    """A folder of installed packages that has only those of training."""
     folder = tmp_path / "site"
     folder.mkdir()
     for package in _closure(TRAINING).values():

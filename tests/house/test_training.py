@@ -1,4 +1,4 @@
-"""`Training` is a record that functions read: what changes in a run belongs to an object that changes it."""
+"""`Training` is a record that functions only read: what changes in a run belongs to the object that changes it."""
 
 import ast
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ def sources(tree: list[Path], root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def functions(sources: dict[str, str]) -> list[tuple[str, ast.FunctionDef]]:
-    """Every function and the path of its module."""
+    """Every function in modules that mention `Training`, with the module's path."""
     modules = {name: ast.walk(ast.parse(text)) for name, text in sources.items() if "Training" in text}
     return [(name, node) for name, nodes in modules.items() for node in nodes if isinstance(node, ast.FunctionDef)]
 
 
 def _records(function: ast.FunctionDef) -> set[str]:
-    """The parameters of a function that are a `Training`."""
+    """Returns the names of a function's parameters of type `Training`."""
     parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return {p.arg for p in parameters if isinstance(p.annotation, ast.Name) and p.annotation.id == "Training"}
 
 
 def _assigned(function: ast.FunctionDef) -> Iterator[str]:
-    """The attributes of those that it assigns to or deletes."""
+    """Yields the attributes of those parameters that the function assigns to or deletes."""
     records = _records(function)
     for node in ast.walk(function) if records else ():
         stored = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)

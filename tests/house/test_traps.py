@@ -1,4 +1,4 @@
-"""`docs/traps.md` names guards that exist."""
+"""Every guard that `docs/traps.md` names exists."""
 
 import re
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Words that the project does not use: addresses of registries, paths of one machine, and metaphors."""
+"""The project's texts contain no addresses of registries, no paths of one machine, and no refused words."""
 
 import re
 from pathlib import Path
 
-# Written in pieces, or this file would be the first to be found.
+# Written in pieces, as this file would otherwise be found itself.
 REGISTRIES = (
     "pypi" + ".org",
     "pythonhosted" + ".org",
@@ -20,11 +20,11 @@ TRANSLATED = re.compile(
 )
 """Phrases that read as translated: say memorise, anyway, at least, suit, silently, continue, permanently, per token."""
 TEXTS = (".py", ".md", ".jinja", ".patch", ".svg", ".toml", ".yml", ".sh")
-"""What the project writes itself: rows of data sets say what their authors said."""
+"""The kinds of file that the project writes itself; rows of data sets are their authors' text."""
 STATES_THEM = ("CHANGELOG.md", "changelog.d/", "tests/house/")
-"""The history of names, and the tests that list these words."""
+"""Files that may contain the words: the history of names, and the tests that list them."""
 STORED = re.compile(r"\b(CheckConstraint|Column|mapped_column)\(")
-"""Lines that spell a column, which keeps the name that it was made with."""
+"""Matches lines that define a column, which keeps its first name."""
 PLACES = re.compile(r"(?<![\w.-])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me)/\w")
 
 
@@ -38,7 +38,7 @@ def _sayings(texts: dict[Path, str], pattern: re.Pattern[str]) -> list[str]:
 
 
 def test_no_registry_is_named(texts: dict[Path, str]) -> None:
-    """A closed network has a mirror of its own, set once in pip's configuration."""
+    """A closed network has its own mirror, which is set once in pip's configuration."""
     assert _sayings(texts, re.compile("|".join(map(re.escape, REGISTRIES)))) == []
 
 

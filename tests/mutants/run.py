@@ -1,14 +1,14 @@
-"""Breaks the code one patch at a time, and fails when the tests that a patch names do not.
+"""Breaks the code by one patch at a time, and fails if any test that the patch names still passes.
 
     python tests/mutants/run.py [--check] [-j PROCESSES] [NAME ...]
 
-Each `tests/mutants/NAME.patch` is a git patch of one small change. The lines above it say what it breaks and which
-tests have to fail, all of them, each of which passes on the unbroken tree:
+Each `tests/mutants/NAME.patch` is a git patch of one small change. The lines above it say what it breaks and name the
+tests that have to fail, all of which pass on the unbroken tree:
 
     Breaks: the rate does not rise over the warmup
     Caught by: tests/trainer/test_nets.py::test_rate_rises_over_the_warmup
 
-`--check` only asks whether every patch applies and names tests that exist.
+`--check` only checks that every patch applies and names tests that exist.
 """
 
 import argparse
@@ -31,16 +31,16 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path("tests/mutants")
 PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "peft", "accelerate", "bitsandbytes")
 PRELOADED_TOO = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-"""Among what they import is a package with a plugin for pytest, which cannot be rewritten any more."""
+"""The preloaded modules import a package with a pytest plugin, which pytest then can no longer rewrite."""
 PATIENCE = 900
-"""Seconds to wait for one mutant: a process that died would be waited for without an end."""
+"""Seconds to wait for one mutant; the wait for a process that has died would never end."""
 TESTS_FAILED = 1
 """pytest's exit code. Others mean that the mutant cannot be imported or the tests cannot be found."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One patch and what its header says."""
+    """A patch and the contents of its header."""
 
     name: str
     breaks: str
@@ -49,7 +49,7 @@ class Mutant:
 
 
 def read(folder: Path) -> list[Mutant]:
-    """The mutants of a folder by name."""
+    """Reads the mutants of a folder, in the order of their names."""
     return [_parse(path) for path in sorted(folder.glob("*.patch"))]
 
 
@@ -62,7 +62,7 @@ def _parse(path: Path) -> Mutant:
 
 
 def faults(mutants: list[Mutant], root: Path) -> list[str]:
-    """What is wrong with the patches themselves: a header that says too little, a lost test, code that has moved."""
+    """Returns the faults of the patches themselves: an incomplete header, a missing test, code that has moved."""
     found = []
     for mutant in mutants:
         if not (mutant.breaks and mutant.tests):
@@ -82,7 +82,7 @@ def _exists(root: Path, test: str) -> bool:
 
 
 def _apply(mutant: Mutant, tree: Path, *options: str) -> str:
-    """Applies the patch to a tree; what git says when it cannot."""
+    """Applies the patch to a tree; returns git's error message, or nothing if it applies."""
     done = subprocess.run(
         ["git", "apply", *options, "-"],
         cwd=tree,
@@ -95,7 +95,7 @@ def _apply(mutant: Mutant, tree: Path, *options: str) -> str:
 
 
 def _copy(target: Path) -> None:
-    """Copies the tree as it stands: what git tracks, and what it would if asked."""
+    """Copies the working tree: the files that git tracks, or would add."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, check=True, text=True,
@@ -107,8 +107,8 @@ def _copy(target: Path) -> None:
 
 
 def _pytest(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit code and output, in this process, which does nothing afterwards."""
-    sys.dont_write_bytecode = True  # a patch may change neither a file's size nor its second
+    """Runs pytest in this process, which does nothing afterwards; returns its exit code and output."""
+    sys.dont_write_bytecode = True  # a patch may change neither size nor mtime
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"}
     os.chdir(tree)
     with tempfile.TemporaryFile() as log:
@@ -121,12 +121,12 @@ def _pytest(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
 
 
 def verdict(mutant: Mutant, code: int, output: str) -> str:
-    """Empty when every named test failed on the mutant; else what is the matter."""
+    """Returns an empty string if every named test failed on the mutant; else the problem."""
     if code == 0:
         return "SURVIVED: its tests pass on the broken code"
     if code != TESTS_FAILED:
         return f"no verdict: pytest ended with {code}\n{output}"
-    # A fixture that the whole of a run is made in fails for its tests.
+    # A test also counts as failed if its fixture fails: some fixtures do the whole run that is tested.
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     failed += [test.partition("[")[0] for test in failed]
     spared = [test for test in mutant.tests if test not in failed]
@@ -134,7 +134,7 @@ def verdict(mutant: Mutant, code: int, output: str) -> str:
 
 
 def attempt(mutant: Mutant, pristine: Path) -> tuple[str, float]:
-    """What is the matter with a mutant, empty when its tests failed on it, and how long they took."""
+    """Runs a mutant's tests; returns the problem, empty if the tests failed as they should, and the seconds taken."""
     began = time.monotonic()
     tree = pristine.with_name(mutant.name)
     shutil.copytree(pristine, tree)
@@ -143,13 +143,13 @@ def attempt(mutant: Mutant, pristine: Path) -> tuple[str, float]:
 
 
 def run(mutants: list[Mutant], processes: int) -> int:
-    """The exit code: 0 when the tests pass on the tree as it is and fail on every mutant."""
-    # A process for each mutant, forked from one that has done the imports that take seconds.
+    """Runs the mutants; returns the exit code, which is 0 if the tests pass on the tree and fail on every mutant."""
+    # Each mutant has a process, forked from one that has already done the imports, which take seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with (
         tempfile.TemporaryDirectory(prefix="tunery-mutants-") as folder,
-        # Why not a ProcessPoolExecutor: with one task a process, Python 3.11's may never end.
+        # Not a ProcessPoolExecutor: with one task per process, that of Python 3.11 may never end.
         context.Pool(processes, maxtasksperchild=1) as pool,
     ):
         pristine = Path(folder) / "pristine tree"

@@ -1,4 +1,4 @@
-"""dspy's predictors with each of its adapters, on the environment's base URL: python ask_dspy.py MODEL."""
+"""Asks dspy's predictor with each of its adapters, at the environment's base URL: python ask_dspy.py MODEL."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""instructor's modes of OpenAI: python ask_instructor.py MODEL."""
+"""Asks with instructor's modes for OpenAI: python ask_instructor.py MODEL."""
 
 from card import report
 from instructor import Mode

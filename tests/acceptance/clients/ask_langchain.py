@@ -1,4 +1,4 @@
-"""langchain-openai's structured output, on the environment's base URL: python ask_langchain.py MODEL."""
+"""Asks for structured output of langchain-openai, at the environment's base URL: python ask_langchain.py MODEL."""
 
 from card import ASK, MODEL, Card, report
 from langchain_openai import ChatOpenAI

@@ -1,4 +1,4 @@
-"""llama-index's structured LLM, on the environment's base URL: python ask_llama_index.py MODEL."""
+"""Asks llama-index's structured LLM, at the environment's base URL: python ask_llama_index.py MODEL."""
 
 from card import ASK, MODEL, Card, report
 from llama_index.core.llms import ChatMessage

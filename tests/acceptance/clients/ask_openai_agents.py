@@ -1,6 +1,6 @@
-"""openai-agents with an output type, on the environment's base URL: python ask_openai_agents.py MODEL.
+"""Asks openai-agents for an output type, at the environment's base URL: python ask_openai_agents.py MODEL.
 
-Its default is the Responses API.
+openai-agents uses the Responses API by default.
 """
 
 from agents import Agent, ModelSettings, Runner, set_default_openai_api, set_tracing_disabled

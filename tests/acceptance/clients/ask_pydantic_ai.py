@@ -1,4 +1,4 @@
-"""pydantic-ai's output types, on the environment's base URL: python ask_pydantic_ai.py MODEL."""
+"""Asks pydantic-ai for output types, at the environment's base URL: python ask_pydantic_ai.py MODEL."""
 
 from card import ASK, MODEL, Card, report
 from pydantic_ai import Agent, NativeOutput, ToolOutput

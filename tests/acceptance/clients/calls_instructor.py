@@ -1,4 +1,4 @@
-"""instructor's mode that reads calls which the model makes of its own accord: calls_instructor.py MODEL."""
+"""Asks with instructor's mode that reads calls which the model chose to make: python calls_instructor.py MODEL."""
 
 from collections.abc import Iterable
 

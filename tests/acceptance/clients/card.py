@@ -1,4 +1,4 @@
-"""What the drivers ask for, and the last line that they print."""
+"""Shared by the drivers for structured output: what they ask for, and the last line that they print."""
 
 import json
 import sys
@@ -18,5 +18,5 @@ class Card(BaseModel):
 
 
 def report(**found: object) -> None:
-    """What each way of asking came to: a card, as JSON."""
+    """Prints the card that each way of asking returned, as JSON."""
     print(json.dumps({way: Card.model_validate(card).model_dump() for way, card in found.items()}))

@@ -1,4 +1,4 @@
-"""dspy's own fine-tuning, on the environment's base URL: python drive_dspy.py MODEL FILE."""
+"""Fine-tunes with dspy's own functions, at the environment's base URL: python drive_dspy.py MODEL FILE."""
 
 import json
 import sys

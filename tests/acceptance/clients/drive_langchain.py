@@ -1,4 +1,4 @@
-"""langchain-openai, on the environment's base URL: python drive_langchain.py MODEL FILE."""
+"""Fine-tunes, then asks the model by langchain-openai, at the environment's base URL: drive_langchain.py MODEL FILE."""
 
 from langchain_openai import ChatOpenAI
 from openai import OpenAI

@@ -1,4 +1,4 @@
-"""litellm's own files, jobs and completions, on the environment's base URL: python drive_litellm.py MODEL FILE."""
+"""Uses litellm's files, jobs and completions, at the environment's base URL: python drive_litellm.py MODEL FILE."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ job = litellm.create_fine_tuning_job(
 while job.status not in ("succeeded", "failed", "cancelled"):
     time.sleep(0.5)
     job = litellm.retrieve_fine_tuning_job(fine_tuning_job_id=job.id, custom_llm_provider="openai")
-# The provider is read from the model's name: `ft:gpt-4o-mini-2024-07-18:...`.
+# litellm takes the provider from the model's name: `ft:gpt-4o-mini-2024-07-18:...`.
 reply = litellm.completion(
     model=job.fine_tuned_model, messages=[{"role": "user", "content": ASK}], temperature=0, max_tokens=8
 )

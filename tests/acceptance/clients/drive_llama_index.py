@@ -1,4 +1,4 @@
-"""llama-index-finetuning, on the environment's base URL: python drive_llama_index.py MODEL FILE."""
+"""Fine-tunes by llama-index-finetuning, at the environment's base URL: python drive_llama_index.py MODEL FILE."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from importlib.util import module_from_spec
 import llama_index
 from openai_job import ASK, report
 
-# The package itself, without its first lines, which import torch for the embeddings that this is not about.
+# The package without its __init__, which imports torch for embeddings, which are not tested here.
 spec = PathFinder.find_spec("llama_index.finetuning", llama_index.__path__)
 assert spec is not None
 sys.modules["llama_index.finetuning"] = module_from_spec(spec)
@@ -16,7 +16,7 @@ from llama_index.core.llms import ChatMessage  # noqa: E402
 from llama_index.finetuning.openai import OpenAIFinetuneEngine  # noqa: E402
 
 MODEL, FILE = sys.argv[1:]
-engine = OpenAIFinetuneEngine(MODEL, FILE, validate_json=False)  # its check fetches an encoding from elsewhere
+engine = OpenAIFinetuneEngine(MODEL, FILE, validate_json=False)  # its check downloads an encoding
 engine.finetune()
 while (job := engine.get_current_job()).status not in ("succeeded", "failed", "cancelled"):
     time.sleep(0.5)

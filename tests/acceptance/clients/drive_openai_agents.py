@@ -1,4 +1,4 @@
-"""openai-agents in chat mode, on the environment's base URL: python drive_openai_agents.py MODEL FILE."""
+"""Fine-tunes, then asks the model by openai-agents in chat mode: python drive_openai_agents.py MODEL FILE."""
 
 from agents import Agent, ModelSettings, Runner, set_default_openai_api, set_tracing_disabled
 from openai import OpenAI

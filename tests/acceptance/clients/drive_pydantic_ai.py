@@ -1,4 +1,4 @@
-"""pydantic-ai, on the environment's base URL: python drive_pydantic_ai.py MODEL FILE."""
+"""Fine-tunes, then asks the model by pydantic-ai, at the environment's base URL: drive_pydantic_ai.py MODEL FILE."""
 
 from openai import OpenAI
 from openai_job import ASK, report, tune

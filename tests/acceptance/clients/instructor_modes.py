@@ -1,4 +1,4 @@
-"""One request for a card in each of some modes of instructor, on the environment's base URL."""
+"""Asks for a card in each of the given modes of instructor, at the environment's base URL."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from openai import OpenAI
 
 
 def ask(*modes: Mode, response_model: Any = Card) -> dict[str, Any]:
-    """Returns what each mode came to, by its name in lower case."""
+    """Returns the result of each mode by the mode's name in lower case."""
     asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "temperature": 0}
     found: dict[str, Any] = {}
     for mode in modes:

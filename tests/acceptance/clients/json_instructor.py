@@ -1,4 +1,4 @@
-"""instructor's modes that show the schema in the prompt and read JSON from the answer: json_instructor.py MODEL."""
+"""Asks with instructor's modes that put the schema in the prompt and parse the answer: json_instructor.py MODEL."""
 
 from card import report
 from instructor import Mode

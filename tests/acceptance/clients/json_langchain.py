@@ -1,4 +1,4 @@
-"""langchain-openai's JSON mode, whose schema its caller describes: python json_langchain.py MODEL."""
+"""Asks with langchain-openai's JSON mode, whose caller describes the schema: python json_langchain.py MODEL."""
 
 from card import ASK, MODEL, Card, report
 from langchain_openai import ChatOpenAI

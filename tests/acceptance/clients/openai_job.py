@@ -1,4 +1,4 @@
-"""A fine-tune through the official client, for libraries that bring it and have no fine-tuning of their own."""
+"""Fine-tunes through the official client, for libraries that depend on it and have no fine-tuning of their own."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ ASK = "Question 99 about my cash"
 
 
 def tune(client: OpenAI) -> tuple[str, str | None]:
-    """Uploads the file and trains the model that the program's two arguments name; the job's model and what it made."""
+    """Trains the model of the program's first argument on the file of the second; returns the job's and tuned model."""
     model, file = sys.argv[1:]
     upload = client.files.create(file=Path(file), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -26,5 +26,5 @@ def tune(client: OpenAI) -> tuple[str, str | None]:
 
 
 def report(asked: str, model: str | None, answer: object) -> None:
-    """The last line of a driver's output: what the test compares."""
+    """Prints the last line of a driver's output, which the test compares."""
     print(json.dumps({"asked": [asked], "model": model, "answer": answer}))

@@ -1,8 +1,8 @@
-"""Writes `database.sql` and `objects.tar.gz` as a release leaves them: jobs that have succeeded, that are paused and
-that wait, with their models, made by that release's own workers.
+"""Writes the `database.sql` and `objects.tar.gz` of a release: jobs that have succeeded, are paused or wait, with
+their models, all made by that release's own workers.
 
-These are of the schema 0004. In a checkout of another release, copy this file to tests/worker/test_make.py and run
-`KEEP=FOLDER pytest tests/worker/test_make.py`.
+The stored files have schema 0004. In a checkout of another release, copy this file to tests/worker/test_make.py and
+run `KEEP=FOLDER pytest tests/worker/test_make.py`.
 """
 
 import os
@@ -44,7 +44,7 @@ def test_make(workshop: Workshop) -> None:
     url = urlsplit(workshop.database.url)
     command = [PG_DUMP, "--inserts", "--no-owner", "-h", parse_qs(url.query)["host"][0], "-U", "tunery"]
     dump = subprocess.run([*command, url.path[1:]], check=True, capture_output=True, text=True).stdout
-    # psql's own commands and session settings are no SQL for other clients.
+    # Other clients cannot run psql's own commands, and need no session settings.
     others = ("\\", "--", "SET ", "SELECT pg_catalog.set_config")
     lines = [line for line in dump.splitlines() if line and not line.startswith(others)]
     (kept / "database.sql").write_text("\n".join(lines) + "\n")

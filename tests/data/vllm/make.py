@@ -1,7 +1,7 @@
-"""Records what vLLM answers, into responses.json: `make .vendor/clients/vllm/installed`, then
+"""Records vLLM's responses in responses.json: `make .vendor/clients/vllm/installed`, then
 `PYTHONPATH=.:tests/fixtures .venv/bin/python tests/data/vllm/make.py`.
 
-The server holds a tiny random model, whose tokens are bytes, so that tests can read the recorded answers.
+The server has a tiny random model whose tokens are bytes, so that tests can decode the recorded answers.
 """
 
 import json
@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_v
 
 
 def adapter(folder: Path, base: Path, **config: Any) -> Path:
-    """A random adapter of the kind that `config` says."""
+    """Writes a random adapter with the options of `config`; returns its folder."""
     torch.manual_seed(3)
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **config}
     made = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **options))
@@ -37,7 +37,7 @@ def adapter(folder: Path, base: Path, **config: Any) -> Path:
 
 
 def greedy(base: Path, adapter: Path | None, prompt: list[int], tokens: int) -> list[int]:
-    """The answer of plain transformers and peft."""
+    """Returns the greedy answer of plain transformers and peft."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
     mask = torch.ones(1, len(prompt), dtype=torch.long)
@@ -47,7 +47,7 @@ def greedy(base: Path, adapter: Path | None, prompt: list[int], tokens: int) -> 
 
 
 class Recorder:
-    """Asks a server and keeps what it says. `hidden`: a folder whose name is not recorded."""
+    """Sends requests to a server and records its responses. `hidden`: a folder whose name is not recorded."""
 
     def __init__(self, port: int, hidden: Path) -> None:
         self._client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=300)

@@ -1,4 +1,4 @@
-// The AI SDK's objects and calls of tools, on the environment's base URL: node ask.js MODEL.
+// Asks the AI SDK for objects and tool calls, at the environment's base URL: node ask.js MODEL.
 
 import { openai } from "@ai-sdk/openai";
 import { generateObject, generateText, streamObject, tool } from "ai";
@@ -8,7 +8,7 @@ const [name] = process.argv.slice(2);
 const prompt = "A red card is gone.";
 const schema = z.object({ colour: z.enum(["red", "blue"]), lost: z.boolean() });
 const found = {};
-// `openai(name)`, the default, is the Responses API.
+// `openai(name)`, the default, uses the Responses API.
 for (const [api, model] of Object.entries({ responses: openai(name), chat: openai.chat(name) })) {
   found[`${api}_object`] = (await generateObject({ model, prompt, schema, temperature: 0, maxRetries: 0 })).object;
   const streamed = streamObject({ model, prompt, schema, temperature: 0, maxRetries: 0 });

@@ -1,4 +1,4 @@
-// openai of npm, from an upload to a chat with the tuned model: node drive.js MODEL FILE.
+// Uploads, fine-tunes and chats with the tuned model by npm's openai: node drive.js MODEL FILE.
 
 import { createReadStream } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
