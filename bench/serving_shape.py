@@ -17,7 +17,7 @@ from bench.shop import round_
 from tunery.artifacts import manifest
 from tunery.storage import Directory
 from worker.server.bank import Bank
-from worker.server.batch import Batch
+from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
 from worker.server.decode_graphs import recorder_for
 from worker.server.factors import Factors, Site
@@ -34,6 +34,8 @@ LLAMA_8B = LlamaConfig(
     max_position_embeddings=8192,
 )
 MIXED, RESIDENT, SWITCHED, ROUNDS = 16, 64, 3, 3
+_WARM = 4
+"""Steps before those that are timed: a CUDA graph is recorded in the third."""
 PROMPT, VOCABULARY = 128, 1000
 """Tokens of a prompt, and how many different ones there are."""
 
@@ -63,7 +65,12 @@ class Large:
         self.found: dict[str, float] = {}
 
     def stages(self, streams: int, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
-        """What is measured, in this order: the last changes the model."""
+        """Returns the stages in their order: the first one's figures are used by the last, which changes the model.
+
+        Raises ValueError for more streams than there are adapters.
+        """
+        if streams > RESIDENT:
+            raise ValueError(f"At most {RESIDENT} streams: each has an adapter.")
         return {
             "tokens_per_second": lambda: self.rates(streams, tokens),
             "memory": self.memory,
@@ -110,21 +117,22 @@ def _switch(model: Any, rank: int, tokens: int) -> float:
     for number in range(1, SWITCHED):
         tuned.add_adapter(str(number), lora)
     tuned.eval()
-    begun = 0.0
-    for number in range(-1, SWITCHED):  # the first one warms up
-        if number == 0:
-            begun = time.perf_counter()
-        tuned.set_adapter(str(max(0, number)))
+    seconds = 0.0
+    for number in range(SWITCHED):
+        tuned.set_adapter(str(number))
         stream = Alone(tuned, [(131 * number + n) % VOCABULARY for n in range(PROMPT)], LengthRope())
+        for _ in range(_WARM):
+            stream.push(int(stream.logits().argmax()))
+        begun = time.perf_counter()
         for _ in range(tokens):
             stream.push(int(stream.logits().argmax()))
-    seconds = time.perf_counter() - begun
+        seconds += time.perf_counter() - begun
     tuned.unload()
     return SWITCHED * tokens / seconds
 
 
 def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str, float]:
-    """Seconds from an adapter in local storage, whose files are checked by their hashes, to one that rows can have."""
+    """Returns seconds to fetch an adapter from local storage, check its hashes and add it to the device's."""
     with tempfile.TemporaryDirectory() as root:
         folder, storage = Path(root) / "adapter", Directory(Path(root) / "objects")
         folder.mkdir()
@@ -143,7 +151,7 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
             factors = Factors.read(there, model)
             assert factors is not None
             bank.add(factors)
-            factors.flat[:1].tolist()  # type: ignore[index]  # the device has it
+            factors.flat[:1].tolist()  # type: ignore[index]  # waits until it is on the device
             seconds.append(time.perf_counter() - begun)
             bank.remove(factors)
         return {"median": round_(median(seconds)), "worst": round_(max(seconds))}
@@ -156,17 +164,23 @@ def _adapter(model: Any, rank: int) -> Factors:
 
 
 def _write(batch: Batch, streams: int, adapters: list[Factors] | None, tokens: int) -> float:
-    """Tokens a second of greedy rows, once their prompts have been read."""
+    """Returns tokens a second of greedy decoding, without the prompts and the first steps."""
     prompts = [[(131 * i + n) % VOCABULARY for n in range(PROMPT)] for i in range(streams)]
     rows = [batch.join(ids, adapters and adapters[i], is_greedy=True) for i, ids in enumerate(prompts)]
     for row in rows:
         row.likeliest()  # an answer on the host: the device has ended
+    for _ in range(_WARM):
+        _step(batch, rows)
     begun = time.perf_counter()
     for _ in range(tokens):
-        for row in rows:
-            row.push(row.likeliest())
-        batch.step()
+        _step(batch, rows)
     seconds = time.perf_counter() - begun
     for row in rows:
         row.close()
     return streams * tokens / seconds
+
+
+def _step(batch: Batch, rows: list[Row]) -> None:
+    for row in rows:
+        row.push(row.likeliest())
+    batch.step()

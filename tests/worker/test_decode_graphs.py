@@ -19,7 +19,7 @@ from streamed import PROMPTS, greedy, make, read
 from worker.server import decode_graphs, factors, models, slots
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
-from worker.server.decode_graphs import recorder_for
+from worker.server.decode_graphs import DecodeGraphs, recorder_for
 from worker.server.models import Base, Source
 from worker.server.streams import Alone, Stream
 from worker.trainer.rope import LengthRope
@@ -205,6 +205,54 @@ def test_passes_that_cannot_be_recorded_rightly_are_not(
         assert tokens(rows) == [alone(model, one) for one in PROMPTS[:2]]  # type: ignore[arg-type]
     assert len(caplog.messages) == 1  # and not tried again
     assert "are not recorded as CUDA graphs" in caplog.text
+
+
+def test_a_lack_of_memory_and_broken_weights_are_no_reason_to_give_up(recorder: OpRecorder) -> None:
+    right, calls = recorder.record, 0
+
+    def record(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError
+        return right(work)
+
+    recorder.record = record  # type: ignore[method-assign]
+    graphs = DecodeGraphs(recorder)
+    tokens, positions = torch.ones(2, 1), torch.ones(2, 1)
+    for _ in range(4):  # one adapter's logits are NaN
+        graphs.logits(0, "broken", tokens, positions, lambda a, b: (a + b) * torch.nan)
+    assert (calls, graphs.is_broken) == (0, False)
+    for _ in range(6):
+        graphs.logits(0, "right", tokens, positions, lambda a, b: a + b)
+    assert (calls, graphs.is_broken, list(graphs._recorded)) == (2, False, ["right"])
+
+
+def test_one_row_that_differs_is_enough_to_give_up(recorder: OpRecorder) -> None:
+    """One of 64 rows, by a tenth: of all rows together it is little more than a hundredth."""
+    right = recorder.record
+
+    def record(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        logits, replay = right(work)
+        wrong = logits.clone()
+        wrong[7] *= 1.1
+        return wrong, replay
+
+    recorder.record = record  # type: ignore[method-assign]
+    graphs = DecodeGraphs(recorder)
+    for _ in range(3):
+        graphs.logits(0, "rows", torch.ones(64, 1), torch.ones(64, 1), lambda a, b: a + b)
+    assert graphs.is_broken
+
+
+def test_a_batch_that_fails_keeps_no_graphs(llama: Path, recorder: OpRecorder) -> None:
+    batch = Batch(read(llama), recorder=lambda: recorder)
+    tokens([batch.join(PROMPTS[0])], 6)  # type: ignore[list-item]
+    graphs = batch._lanes[0]._graphs
+    assert graphs is not None
+    assert graphs._recorded
+    batch.fail(RuntimeError("lost"))
+    assert not graphs._recorded
 
 
 def test_few_graphs_are_kept(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:

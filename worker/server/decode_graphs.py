@@ -1,4 +1,4 @@
-"""Records the passes in which every row of a batch reads one token as CUDA graphs, and replays them.
+"""Records decoding steps, in which every row of a batch reads one token, as CUDA graphs, and replays them.
 
 The host launches well over a thousand kernels a pass, which takes it longer than the GPU needs for their work. A graph
 is one launch. It reads and writes fixed addresses: it is replayed only while the slots, the rows and their adapters are
@@ -16,12 +16,12 @@ import torch
 log = logging.getLogger(__name__)
 
 MOST = 16
-"""Graphs that are kept for the rows of a lane."""
+"""The most graphs that a lane keeps."""
 _EAGER = 2
-"""Passes of a kind before it is recorded: rows that join and leave make many kinds that do not come again."""
+"""Passes of a kind before it is recorded: rows join and leave so often that many kinds never recur."""
 _TOLERANCE = 2e-2
-"""The relative difference of the logits of a graph and of the same pass without it. In bf16 the number of masked
-positions changes sums in the third digit; a graph that reads a wrong address differs in the first."""
+"""The relative difference of a row's logits by a graph from those of the same pass without one. Rounding in bf16
+changes the third digit; a graph that reads a wrong address, the first."""
 _ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config keys of mixtures of experts: the host reads the routing of each pass, which cannot be recorded."""
 
@@ -33,13 +33,13 @@ class Recorder(Protocol):
     """Records work on a device."""
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Returns the tensor that will hold the work's result, and what does the work again; does not do it itself.
+        """Returns the tensor that will hold the work's result, and a function that does the work: recording does not.
 
         Raises RuntimeError for work that waits for the device.
         """
 
     def forget(self) -> None:
-        """Is called once nothing recorded is used any more."""
+        """Releases what recordings share; is called when none is used any more."""
 
 
 class CudaRecorder:
@@ -49,7 +49,7 @@ class CudaRecorder:
         self.forget()
 
     def forget(self) -> None:
-        """Takes another pool of memory: one that no graph uses is freed, and cannot be used again."""
+        """Starts a new pool of memory: the old one is freed with its last graph, and must not be used again."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -61,7 +61,7 @@ class CudaRecorder:
 
 
 def recorder_for(model: Any) -> Callable[[], Recorder] | None:
-    """Returns what makes a recorder of the model's passes; None where none can be, or need be."""
+    """Returns what makes a recorder of the model's passes; None on a CPU and for mixtures of experts."""
     config = model.config.get_text_config()
     if model.device.type != "cuda" or any(getattr(config, name, None) for name in _ROUTED):
         return None
@@ -84,14 +84,16 @@ class DecodeGraphs:
         self._addresses: Hashable = None
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
-        self._is_broken = False
+        self.is_broken = False
+        """Whether a recording was wrong, or impossible: nothing is recorded any more."""
 
     def logits(
         self, addresses: Hashable, kind: Hashable, tokens: torch.Tensor, positions: torch.Tensor, work: Work
     ) -> torch.Tensor:
-        """Returns the logits of a pass, by a graph if there is one of its `kind`. They are valid until the next pass.
+        """Returns the logits of a pass, by a graph if there is one of its kind. They are valid until the next pass.
 
-        Graphs are dropped when `addresses` differs from the last pass's: then something that they read has moved.
+        `kind`: what differs between graphs, such as the number of rows. `addresses`: changes when something moves that
+        graphs read or write; then all are dropped.
         """
         if addresses != self._addresses:
             self.clear()
@@ -118,28 +120,34 @@ class DecodeGraphs:
         self._seen[kind] = self._seen.pop(kind, 0) + 1
         if len(self._seen) > MOST:
             self._seen.popitem(last=False)
-        return self._seen.get(kind, 0) > _EAGER and not self._is_broken
+        return self._seen.get(kind, 0) > _EAGER and not self.is_broken
 
     def _record(
         self, kind: Hashable, tokens: torch.Tensor, positions: torch.Tensor, work: Work, wanted: torch.Tensor
     ) -> None:
         """Records a pass whose logits are known. If they differ, or it cannot be recorded, none is from now on."""
+        if not bool(wanted.isfinite().all()):
+            return  # an adapter's fault, which says nothing about graphs
         own = tokens.clone(), positions.clone()
         try:
             logits, replay = self._recorder.record(lambda: work(*own))
             replay()
-            error = float((logits.float() - wanted.float()).norm() / wanted.float().norm())
+            errors = (logits.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+            error = float(errors.max())
+        except torch.OutOfMemoryError:
+            self.clear()  # there may be room later
+            return
         except RuntimeError as failure:
-            self._give_up(str(failure).splitlines()[0])
+            self._give_up(str(failure).partition("\n")[0])
             return
         if not error <= _TOLERANCE:  # NaN too
-            self._give_up(f"a graph's logits differ by {error:.2g} of their norm")
+            self._give_up(f"a row's logits by a graph differ by {error:.2g} of their norm")
             return
         self._recorded[kind] = _Recorded(*own, logits, replay)
         if len(self._recorded) > MOST:
             self._recorded.popitem(last=False)
 
     def _give_up(self, reason: str) -> None:
-        log.warning("this model's passes are not recorded as CUDA graphs: %s", reason)
-        self._is_broken = True
+        log.warning("decoding steps are not recorded as CUDA graphs: %s", reason)
+        self.is_broken = True
         self.clear()

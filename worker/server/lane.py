@@ -88,6 +88,8 @@ class Lane:
         """Removes all rows."""
         self.rows, self.running = [], 0
         self.slots.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def move(self, row: "Row", slot: int) -> None:
         """Swaps a row with that of another slot."""
@@ -132,13 +134,14 @@ class Lane:
         ids = torch.tensor([ids for ids, _ in placed], device=self._model.device)
         places = [places for _, places in placed]
         with self._laying([row.adapter for row, _ in rows]) as laid:
-            if self._graphs is not None and width == 1 and slots == list(range(len(rows))):
-                logits = self._recorded(self._graphs, laid, ids, places)
+            graphs = self._graphs
+            if graphs is not None and not graphs.is_broken and width == 1 and slots == list(range(len(rows))):
+                logits = self._by_graph(graphs, laid, ids, places)
             else:
                 logits = self._logits(ids, self.slots.place(slots, places))
         return _results(logits, [row.is_greedy for row, _ in rows])
 
-    def _recorded(self, graphs: DecodeGraphs, laid: Laid, ids: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
+    def _by_graph(self, graphs: DecodeGraphs, laid: Laid, ids: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
         """Returns the logits of a pass in which each of the first rows reads one token."""
         reach = self.slots.reach(max(map(max, places)) + 1)
 
