@@ -17,7 +17,6 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 
 from tunery.rows import bulk, encoding, fingerprint, template_files
 from tunery.rows.template import ChatTemplate
-from tunery.settings import get_settings
 from tunery.spec import Columns, Dpo, Supervised
 from worker.trainer import data, prepared
 from worker.trainer.data import Rows
@@ -238,7 +237,7 @@ def test_the_setting_says_how_much_is_kept(
     data.read_rows(written(tmp_path / "train.jsonl", ROWS[:12]), ChatTemplate.load(tiny), 80, kept=kept)
 
     assert bool(list(kept.glob("[!.]*"))) is is_kept
-    fraction = float(setting or get_settings().prepared_fraction)
+    fraction = float(setting or prepared.FRACTION)
     assert prepared._most(kept) == int(shutil.disk_usage(kept).total * fraction)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
 from worker.server.generation import Generation
-from worker.server.prompting import Sampling
+from worker.server.sampling import Sampling
 from worker.server.streams import Alone
 from worker.trainer import rope, validation
 from worker.trainer.cuda_graphs import reason_against

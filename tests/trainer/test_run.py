@@ -299,14 +299,14 @@ def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, t
 
 
 def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    settled = plan(n_epochs=6, select="best", learning_rate=0.2, technique=Lora(r=16))
+    settled = plan(n_epochs=4, select="best", learning_rate=2, technique=Lora(r=16))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS[:4], [chat(200 + i) for i in range(6)])
 
     assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [finished] = said(ear, "finished")
     losses = {message.step: message.loss for message in said(ear, "evaluated")}
-    assert finished.step == min(losses, key=losses.__getitem__) < 6
+    assert finished.step == min(losses, key=losses.__getitem__) < 4
     t = prepare(folder, MessageWriter(None), StopSignal())
     checkpoints.restore_best(t, Progress(best_step=finished.step))
     assert validation.loss(t.stepper, t.valid.examples)[0] == pytest.approx(losses[finished.step], rel=1e-5)

@@ -35,7 +35,7 @@ from tunery.storage import Directory, open_storage
 from worker.server.__main__ import choose_device
 from worker.server.backends.embedded import Engine
 from worker.server.generation import choose
-from worker.server.prompting import Sampling
+from worker.server.sampling import Sampling
 from worker.server.schemas import parse
 from worker.server.text import Text
 

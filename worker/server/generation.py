@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from worker.server.answer import TokenChance
-from worker.server.prompting import Sampling
+from worker.server.sampling import Sampling
 from worker.server.streams import Stream
 from worker.server.text import WrittenAnswer, spell
 

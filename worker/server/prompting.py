@@ -6,6 +6,7 @@ from tunery.rows.calls import CallSpelling
 from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
 from worker.server.rendering import Rendering
+from worker.server.sampling import Sampling
 from worker.server.schemas import ChatRequest
 
 UNKNOWN_CONTEXT = 4096
@@ -13,20 +14,6 @@ UNKNOWN_CONTEXT = 4096
 
 _LONG = 16
 """Characters per token of the context. A prompt has far fewer unless most of it is whitespace."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. `temperature` 0: the likeliest. `seed` None: a new seed for each answer."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is always chosen."""
-        return self.temperature == 0 or self.top_p == 0
 
 
 @dataclass(frozen=True)
