@@ -43,7 +43,7 @@ def base(stack: Stack, client: OpenAI, base_folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tuned(stack: Stack, client: OpenAI, base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
-    """A finished LoRA job of two epochs with validation and test file, which was created as users do it."""
+    """A finished LoRA job of two epochs with validation and test file, created through the official client."""
     with Receiver() as receiver:
         endpoint = client.webhooks.create(name="test", url=receiver.url, event_types=[stacks.SUCCEEDED])
         receiver.secret = endpoint.signing_secret

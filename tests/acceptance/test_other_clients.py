@@ -1,4 +1,4 @@
-"""Other projects' clients work, from an upload to a chat with the tuned model, by a change of the base URL alone.
+"""Other projects' clients need only another base URL, from an upload to a chat with the tuned model.
 
 Each has its own venv or node folder, and uses the model name of code that was written for OpenAI.
 """

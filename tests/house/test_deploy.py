@@ -112,7 +112,7 @@ def test_extras_and_pins_are_those_of_the_project(root: Path, stages: dict[str, 
 
 
 def test_another_build_of_torch_comes_from_an_index_beside_the_usual_one(root: Path, stages: dict[str, Stage]) -> None:
-    """A sole index would need the pinned versions of everything that torch requires. The Makefile does the same."""
+    """As the only index, it would need the pinned versions of all that torch requires. The Makefile adds it too."""
     (step,) = (rest for rest in stages["install-worker"].all("RUN") if "torch==" in rest)
     for index, options in (("", []), ("https://index", ["--extra-index-url", "https://index"])):
         assert _words(step, TORCH_INDEX=index)[4:-1] == options
