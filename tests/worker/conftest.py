@@ -1,4 +1,4 @@
-"""A workshop for each test; see tests/fixtures/workshop.py."""
+"""Fixtures of the worker's tests; see tests/fixtures/workshop.py."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tunery.storage import open_storage
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model's folder, as a conversion leaves it."""
+    """Returns a tiny random model's folder, as a conversion leaves it."""
     folder = tiny_models.llama(tmp_path_factory.mktemp("tiny") / "base")
     (folder / "facts.json").write_text(json.dumps(MODEL_INFO))
     return folder
@@ -29,7 +29,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workshop(
     database: Database, settings: Settings, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Workshop]:
-    """No worker runs yet; there is no broker unless the test also asks for `valkey`."""
+    """Yields a workshop without running workers, and without a broker unless the test also asks for `valkey`."""
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
     shop = Workshop(database, open_storage(settings), settings, tmp_path)
@@ -41,7 +41,7 @@ def workshop(
 
 @pytest.fixture
 def client(workshop: Workshop) -> TestClient:
-    """The API on the workshop's database, with a key of its project."""
+    """Returns a client of the API on the workshop's database, with a key of its project."""
     with workshop.session() as session:
         _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
     return TestClient(create_app(workshop.database.settings), headers={"authorization": f"Bearer {secret}"})

@@ -1,6 +1,6 @@
-"""What a developer adds without touching the rest works in real jobs: a format of rows, a method, a training option.
+"""A developer's additions work in real jobs without other changes: a format of rows, a method, a training option.
 
-A back end of the model server in tests/api/test_backends.py.
+tests/api/test_backends.py adds a back end of the model server.
 """
 
 import json
@@ -38,7 +38,7 @@ def metrics(workshop: Workshop, job_id: str, name: str) -> list[float]:
 
 @pytest.fixture
 def client(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    """The API with the plug-in, which is forgotten after the test."""
+    """Returns a client of the API with the plug-in, which is unregistered after the test."""
     monkeypatch.setattr(readers, "FORMATS", dict(readers.FORMATS))
     monkeypatch.delitem(sys.modules, "toy_format", raising=False)
     app = create_app(workshop.database.settings.model_copy(update={"plugins": ("toy_format",)}))
@@ -67,7 +67,7 @@ PAIRWISE = {**PLUGIN, "TUNERY_PLUGINS": "toy_pairwise.rows,toy_pairwise"}
 
 @pytest.fixture
 def pairwise_client(workshop: Workshop) -> Iterator[TestClient]:
-    """The API with the method's plug-in, which is forgotten after the test."""
+    """Yields a client of the API with the method's plug-in, which is unregistered after the test."""
     names = ("toy_pairwise.rows", "toy_pairwise")
     app = create_app(workshop.database.settings.model_copy(update={"plugins": names}))
     yield TestClient(app, headers={"authorization": f"Bearer {key_of(workshop)}"})
@@ -83,7 +83,7 @@ def pairs(count: int) -> bytes:
 
 
 def test_a_job_trains_by_a_plug_ins_method(workshop: Workshop, pairwise_client: TestClient) -> None:
-    """Two rows an example, from the request to the artifact, with the validation loss of the method's own kind."""
+    """The method has two rows an example and its own validation loss; the job runs from the request to the artifact."""
     workshop.start("io", **PAIRWISE)
     workshop.start("train", **PAIRWISE)
     sent = [("file", ("pairs.jsonl", content)) for content in (pairs(12), pairs(4), training_rows(12))]
@@ -112,7 +112,7 @@ def test_a_job_trains_by_a_plug_ins_method(workshop: Workshop, pairwise_client: 
     knobs = {"learning_rate_multiplier": job["hyperparameters"]["learning_rate_multiplier"], **own}
     assert job["method"] == {"type": "pairwise", "pairwise": {"hyperparameters": knobs}}
     assert job["fine_tuned_model"]
-    assert job["scorecard"]["rows"] == 2  # chats, whatever the method
+    assert job["scorecard"]["rows"] == 2  # the test file has chats, whatever the method
     losses = metrics(workshop, job["id"], "train_loss")
     assert len(losses) == 6
     assert losses[-1] < 0.8 * losses[0], losses
@@ -134,7 +134,7 @@ print(json.dumps(http.post("/v1/fine_tuning/jobs", json=body).json()))
 
 @pytest.mark.slow
 def test_a_new_option_changes_a_run(workshop: Workshop, tmp_path: Path) -> None:
-    """Two lines more: the option, and the place where the trainer reads it. At hardly any rate nothing is learned."""
+    """Two more lines suffice: the option, and the place where the trainer reads it. A tiny rate learns nothing."""
     release = Release.copy(tmp_path / "next")
     release.change("tunery/spec.py", "class TrainingOptions(", "    packing: bool", OPTION + "    packing: bool")
     release.change(

@@ -1,4 +1,4 @@
-"""One attempt without its trainer: what is written of its messages, and what an attempt leaves behind."""
+"""Attempts without a trainer: what is recorded from a trainer's messages, and what an attempt leaves behind."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,12 +26,12 @@ from worker.supervisor.upload import UploadPace
 NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
  "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "wanted": "", "tuned": ""}],
  "labels": {"\\u0000": {"rows": 1, "base": 0, "tuned": 1}}}"""
-"""An escaped backslash before `u0000` is text; NUL itself comes alone, behind a backslash, and in a key."""
+"""A message in which an escaped backslash before `u0000` is text, and NUL is alone, after a backslash and in a key."""
 
 
 @pytest.fixture
 def lease(workshop: Workshop) -> Lease:
-    """A validated job's, claimed by this process."""
+    """Returns the lease of a validated job that this process has claimed."""
     workshop.submit(workshop.file(training_rows(12)))
     assert validation.validate_next(workshop.settings, workshop.storage)
     with workshop.session() as session:
@@ -69,14 +69,14 @@ def test_story_says_what_was_exported_and_what_was_refused(workshop: Workshop, l
 
 
 def _save_epochs(workshop: Workshop, recorder: RunRecorder, losses: list[float], scores: list[float]) -> None:
-    """Says what a trainer says of epochs of one step each, and waits until their checkpoints are stored."""
+    """Records a trainer's messages of epochs of one step each, and waits until their checkpoints are stored."""
     for step, (loss, score) in enumerate(zip(losses, scores, strict=True), start=1):
         folder = workshop.folder / "run" / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
         recorder.record(STEP.model_copy(update={"step": step}))
         recorder.record(protocol.Evaluated(step=step, loss=loss, accuracy=0.5, task_metric="exact", task_score=score))
-        recorder._flush()  # as each second does: the step's row is written before its checkpoint is saved
+        recorder._flush()  # as happens each second: the step's row is written before its checkpoint is saved
         recorder.record(protocol.CheckpointSaved(kind="public", step=step, path=f"checkpoints/step-{step}"))
     recorder.close()
 
@@ -106,7 +106,7 @@ def test_the_best_checkpoint_and_the_newest_stay(
 
 
 def _save_snapshots(workshop: Workshop, lease: Lease, steps: list[int]) -> None:
-    """Stores what a trainer saved for itself; the newest has a file more than the others."""
+    """Stores a trainer's snapshots, of which the newest has one more file, and requeues the job."""
     with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
         for step in steps:
             folder = workshop.folder / "run" / "snapshots" / f"step-{step}"
@@ -174,7 +174,7 @@ def test_the_owner_reads_that_a_snapshot_was_damaged(workshop: Workshop, lease: 
 
 
 def test_a_step_that_is_measured_again_has_the_newest_attempts_values(workshop: Workshop, lease: Lease) -> None:
-    """A later attempt went back to a snapshot; an older one, which has lost the job, writes nothing more."""
+    """A later attempt has resumed from a snapshot; an older one, which has lost the job, can write no metrics."""
     with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
         for step in (1, 2, 3):
             recorder.record(STEP.model_copy(update={"step": step}))
@@ -197,14 +197,14 @@ def test_a_step_that_is_measured_again_has_the_newest_attempts_values(workshop: 
 
 
 def _finish(workshop: Workshop, lease: Lease) -> float:
-    """Seconds from now to the job's estimated end."""
+    """Returns the seconds from now to the job's estimated end."""
     finish = workshop.job(lease.job_id).estimated_finish
     assert finish is not None
     return (finish - datetime.now(UTC)).total_seconds()
 
 
 def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Workshop, lease: Lease) -> None:
-    """The trainer says what it has left, and the supervisor adds the time in which the model is stored."""
+    """The trainer reports the time that it has left, and the supervisor adds the time of storing the model."""
     started = protocol.Started(
         trainable_params=50_000_000, all_params=50_000_000, total_steps=1, first_step=1, examples=1, train_tokens=1,
         device="cpu",

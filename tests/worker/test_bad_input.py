@@ -1,4 +1,4 @@
-"""What bad input gets: a sentence that says what to change, before a device is held."""
+"""Bad input gets an error that says what to change, before the job holds a device."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ from worker.supervisor.drain import Drain
 
 
 def _judged(workshop: Workshop, job_id: str) -> Job:
-    """The job once its files have been validated."""
+    """Returns the job once its files have been validated."""
     assert validation.validate_next(workshop.settings, workshop.storage)
     return workshop.job(job_id)
 
 
 def _error(workshop: Workshop, client: TestClient, job_id: str) -> dict[str, Any]:
-    """What the owner of a job reads that has failed."""
+    """Returns the error that the owner of a failed job reads."""
     assert _judged(workshop, job_id).state == "failed", workshop.story(job_id)
     shown = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
     assert shown["status"] == "failed"

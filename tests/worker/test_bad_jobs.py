@@ -1,6 +1,6 @@
-"""What only the trainer can find wrong with a job: its owner reads through the API what to change.
+"""Errors that only the trainer can find in a job: its owner reads through the API what to change.
 
-What is found before a device is held: `test_bad_input.py`.
+`test_bad_input.py` has those that are found before the job holds a device.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Adapters in one batch answer as PEFT lets each answer alone."""
+"""Adapters in one batch give the answers that each gives alone in PEFT."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def test_ranks_and_shapes_are_mixed_in_one_batch(llama: Path, folders: list[Path
         by_peft(llama, None if i is None else folders[i], prompt) for i, prompt in zip(asked, prompts, strict=True)
     ]
     assert said == wanted
-    assert len({tuple(one) for one in wanted}) == len(wanted) - 2  # two ask what another has asked
+    assert len({tuple(one) for one in wanted}) == len(wanted) - 2  # two requests repeat others
 
 
 def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path, monkeypa
 
 
 def test_parts_of_a_batch_do_not_push_each_other_out() -> None:
-    """Four adapters in two passes, then together, then in the two passes again: each is copied once."""
+    """Four adapters run in two passes, then together, then in two passes again: each is copied once."""
     sites = (factors.Site("a", 1, 2, 2),)
     adapters = [Factors(sites, torch.full((4,), float(i))) for i in range(4)]
     stack = factors.Stack(sites, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A baseline from the request to the table: a real worker's turn on a tiny model."""
+"""Baselines from the request to the table, measured by the real worker's code on a tiny model."""
 
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ ALLOWED = {"external_secret": SecretStr("sixteen characters and more"), "externa
 
 @pytest.fixture
 def service(workshop: Workshop) -> Iterator[str]:
-    """The API with the model server behind it, as an OpenAI client reaches them."""
+    """Yields the URL of the API, with the model server behind it, for an OpenAI client."""
     with served.serving(Engine(workshop.settings.models_dir, workshop.storage)) as port:
         settings = workshop.database.settings.model_copy(update={"server_url": f"http://127.0.0.1:{port}"})
         with asgi.serving(create_app(settings)) as url:
@@ -53,7 +53,7 @@ def lines(found: list[dict[str, Any]]) -> bytes:
 
 
 def ask(client: TestClient, workshop: Workshop, **more: Any) -> Baseline:
-    """A baseline, as it is after its worker's turn."""
+    """Requests a baseline and measures it as the worker does; returns it as the API shows it then."""
     changed = workshop.settings.model_copy(update=ALLOWED)
     body = {"model": workshop.base_id, "eval_file": workshop.file(lines(EVAL)), "max_new_tokens": 4, **more}
     made = client.post(ROUTE, json=body)
@@ -91,7 +91,7 @@ def test_zero_shot_is_the_base_score_of_a_job(
 def test_an_external_endpoint_stands_in_the_same_table(
     workshop: Workshop, service: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Here our own service: the same model, so the same answers."""
+    """The endpoint is this service: the same model has to give the same answers."""
     with workshop.session() as session:
         _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
     headers = {"authorization": f"Bearer {secret}"}
@@ -117,7 +117,7 @@ def test_an_external_endpoint_stands_in_the_same_table(
 
 @pytest.mark.slow
 def test_the_numbers_are_those_of_chat_completions(client: TestClient, workshop: Workshop, service: str) -> None:
-    """By hand: every prompt of the table, sent by the official client, and its answers counted."""
+    """The test sends every prompt of the table with the official client and scores the answers itself."""
     found = ask(client, workshop, examples_file=workshop.file(lines(KNOWN)), shots=[0, 2], retrieval="nearest")
     asked = [json.loads(line) for line in client.get(f"{ROUTE}/{found.id}/answers").text.splitlines()]
     openai = OpenAI(base_url=service, api_key=client.headers["authorization"].removeprefix("Bearer "))

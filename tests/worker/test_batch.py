@@ -1,4 +1,4 @@
-"""Answers that share forward passes are those that each has alone, whichever join and leave meanwhile."""
+"""Answers that share forward passes equal those computed alone, whichever rows join and leave meanwhile."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from worker.server.batch import Batch, Row, can_batch
 from worker.server.cache_memory import CacheMemory
 
 IN_EVERY_RUN = ("Llama", "Gemma 2", "Mistral")
-"""Of each kind of masks one."""
+"""One model for each kind of mask."""
 BATCHED = (
     "Qwen2",
     "Qwen3",
@@ -36,7 +36,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def together(batch: Batch, prompts: list[list[int]], every: int = 3) -> list[list[int]]:
-    """The answers, of which one more joins every few steps and each leaves at its end."""
+    """Returns the answers of a batch in which a row joins every few steps and leaves at its end."""
     said: list[list[int]] = [[] for _ in prompts]
     rows: dict[int, Row] = {}
     step = 0

@@ -1,4 +1,4 @@
-"""Uploaded files that are cleaned: new files beside them, with their lineage."""
+"""Cleaning of uploaded files: the result is a new file with its lineage."""
 
 import json
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_rows_are_judged_by_a_base_by_other_files_and_by_the_benchmark(
 
 
 def test_answers_that_a_base_found_implausible_go(workshop: Workshop) -> None:
-    """As the base's report has them: those that are sure enough, and none while the report is not ready."""
+    """The base's report names them: those that are certain enough go, and none while the report is not ready."""
     source = workshop.file(training_rows(12))
     order = Cleaning(actions=[Action(kind="implausible_output", action="drop", min_score=0.5)])
     with workshop.session() as session:

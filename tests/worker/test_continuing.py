@@ -1,4 +1,4 @@
-"""Jobs that continue from models of earlier ones, through real workers and a real trainer."""
+"""Jobs that continue from models of earlier jobs, through real workers and a real trainer."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def _losses(workshop: Workshop, job_id: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", [{"type": "full"}, {"type": "qlora", "r": 4}], ids=["full", "qlora"])
 def test_a_job_goes_on_from_what_another_made(workshop: Workshop, technique: dict[str, Any]) -> None:
-    """At a rate too small to learn by: its losses are those that the other one ended with, not those it began with."""
+    """The second job's rate is too small to learn: its losses are the first job's last ones, not its first ones."""
     workshop.start("io")
     workshop.start("train")
     training = workshop.file(training_rows(12))
@@ -49,7 +49,7 @@ def test_a_job_goes_on_from_what_another_made(workshop: Workshop, technique: dic
 
 
 def _create(workshop: Workshop, training: str, model: str, **asked: Any) -> str:
-    """A job as the API creates it."""
+    """Creates a job as the API does; returns its id."""
     with workshop.session() as session:
         _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
         same = {"hyperparameters": {"n_epochs": 2, "batch_size": 12}, "max_seq_length": 128, "seed": 1}
@@ -58,7 +58,7 @@ def _create(workshop: Workshop, training: str, model: str, **asked: Any) -> str:
 
 
 def _folder(workshop: Workshop, model_id: str, folder: Path) -> Path:
-    """A model's own files."""
+    """Fetches a model's own files into `folder`."""
     with workshop.session() as session:
         model = session.get_one(Model, model_id)
         listed = manifest.load(workshop.storage, model.prefix, model.manifest_sha256)
@@ -67,7 +67,7 @@ def _folder(workshop: Workshop, model_id: str, folder: Path) -> Path:
 
 
 def _answer(workshop: Workshop, model_id: str, folder: Path, prompt: str) -> str:
-    """A model's greedy answer in the model server."""
+    """Returns a model's greedy answer in the model server."""
     with workshop.session() as session:
         tuned = session.get_one(Model, model_id)
         named = {"base": session.get_one(Model, tuned.base_id), "tuned": tuned}
@@ -83,7 +83,7 @@ def _answer(workshop: Workshop, model_id: str, folder: Path, prompt: str) -> str
 
 @pytest.mark.slow
 def test_an_adapter_is_trained_on_a_full_fine_tune(workshop: Workshop, tmp_path: Path) -> None:
-    """The base of the adapter is the parent, by name and content, for PEFT, the model server and a next job."""
+    """PEFT, the model server and a following job take the parent as the adapter's base, by its name and content."""
     workshop.start("io")
     workshop.start("train")
     training, rate = workshop.file(training_rows(12)), 1e-2
@@ -126,7 +126,7 @@ def _logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def _plain(model: Any, folder: Path) -> str:
-    """The greedy answer by PEFT and transformers alone."""
+    """Returns the greedy answer by PEFT and transformers alone."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "What comes after 3?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")

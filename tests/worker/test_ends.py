@@ -1,4 +1,4 @@
-"""How attempts end when they do not simply succeed: cancelled, paused, stopped, killed."""
+"""Attempts that do not simply succeed: cancelled, paused, stopped or killed."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ LONG: dict[str, Any] = {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}
 
 @pytest.fixture
 def running(workshop: Workshop) -> tuple[Workshop, str]:
-    """Both workers, and a job that has made its first steps."""
+    """Returns the workshop with both workers, and a job that has made its first steps."""
     workshop.start("io")
     workshop.start("train")
     job_id = workshop.submit(workshop.file(training_rows(40)), **LONG)
@@ -56,7 +56,7 @@ def test_a_paused_job_resumes_where_it_stood_and_its_cancellation_kills_the_trai
 def test_a_worker_that_is_asked_to_stop_saves_and_requeues(
     broker: str, workshop: Workshop, request: pytest.FixtureRequest
 ) -> None:
-    if broker == "with a broker":  # and then the job begins by a wake-up, as nobody polls so soon
+    if broker == "with a broker":  # then a wake-up starts the job, as no poll is due so soon
         request.getfixturevalue("valkey")
     polling = "60" if broker == "with a broker" else "0.5"
     workshop.start("io", TUNERY_POLL_SECONDS=polling)
@@ -132,7 +132,10 @@ def test_a_trainer_that_dies_again_and_again_fails_its_job_with_the_tail_of_its_
 
 
 def _suspended_between_transactions(workshop: Workshop, slot: psutil.Process) -> bool:
-    """In the middle of a transaction it would keep the job's row locked until PostgreSQL ends its connection."""
+    """Suspends a slot; returns whether it was outside a transaction, and resumes it if not.
+
+    Inside one it would keep the job's row locked until PostgreSQL ends its connection.
+    """
     slot.suspend()
     query = "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND pid <> pg_backend_pid()"
     with workshop.session() as session:

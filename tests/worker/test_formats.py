@@ -1,4 +1,4 @@
-"""Files of every format and shape, from the check to the job's validation, and whole jobs of tables and plain text."""
+"""Files of every format and shape, from the check to the job's validation, and whole jobs on tables and plain text."""
 
 import csv
 import gzip
@@ -23,7 +23,7 @@ from worker.io import validation
 
 SHAPES = Path(__file__).parents[1] / "data/shapes"
 PAIRS = {"refused_preference", "refused_preference_lists", "refused_preference_openai", "refused_preference_sharegpt"}
-"""Of the method dpo: refused by the others."""
+"""Shapes of the method dpo, which other methods refuse."""
 Row = dict[str, Any]
 QUESTIONS = [{"Frage": f"Was kommt nach {n}?", "Antwort": f"{n + 1}", "answer": "wrong"} for n in range(12)]
 TEXTS = [{"text": f"After {n} comes {n + 1}."} for n in range(12)]
@@ -47,7 +47,7 @@ def columns(rows: list[Row]) -> bytes:
 
 
 def files() -> dict[str, bytes]:
-    """Each shape as JSON Lines, its rows again and again as a training file has ten; a table in each format."""
+    """Returns each shape as JSON Lines, its rows repeated as a training file has ten, and a table in each format."""
     found = {}
     for path in sorted(SHAPES.glob("*.jsonl")):
         rows = path.read_bytes().splitlines()
@@ -66,7 +66,7 @@ def files() -> dict[str, bytes]:
 
 
 def test_a_file_has_one_verdict_from_the_check_to_the_job(workshop: Workshop, tmp_path: Path) -> None:
-    """What the check takes a job takes, and what it refuses no upload or job gets past, in the same words."""
+    """A job accepts what the check accepts; what the check refuses, the upload or the job refuses in the same words."""
     with workshop.session() as session:
         session.get_one(Model, workshop.base_id).model_info = MODEL_INFO | {"context_length": 2048}
     other = []
@@ -80,7 +80,7 @@ def test_a_file_has_one_verdict_from_the_check_to_the_job(workshop: Workshop, tm
         said = str(job.error_message) if job.state == "failed" else None
         if (verdict.reason is None) != (said is None) or str(verdict.reason) not in str(said):
             other.append((name, said))
-    # The check knows no model, and the template of this one has no place for tools.
+    # The check knows no model, and this one's template does not render tools.
     assert [name for name, said in other if "does not render tools" in str(said)] == ["chat_tools", "sharegpt_tools"]
     assert len(other) == 2, other
 
@@ -110,7 +110,7 @@ def test_a_job_trains_on_tables(
     api = client(workshop)
     sent = api.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows", content)})
     assert sent.status_code == 200, sent.text
-    general = workshop.file(training_rows(4))  # whose columns are not the task's
+    general = workshop.file(training_rows(4))  # its columns are not the task's
     body = {
         "model": "tiny",
         "training_file": sent.json()["id"],

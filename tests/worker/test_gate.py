@@ -1,5 +1,4 @@
-"""What is withheld by a job's gate and by the check of the served model, through real workers, and how its owner
-publishes it."""
+"""Models that a job's gate or the check of the served model withholds, through real workers, and their publication."""
 
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tunery.models.model import Model
 
 
 def _withheld(workshop: Workshop, job_id: str) -> dict[str, bool]:
-    """Whether each model of a job is, by its kind."""
+    """Returns, for each kind of a job's models, whether it is withheld."""
     with workshop.session() as session:
         return {row.kind: row.withheld for row in session.scalars(select(Model).where(Model.job_id == job_id))}
 
@@ -59,7 +58,7 @@ def test_a_gate_withholds_what_it_fails_and_nothing_else(workshop: Workshop) -> 
 
 @pytest.mark.slow
 def test_model_that_the_server_answers_otherwise_is_withheld(workshop: Workshop) -> None:
-    """A plug-in breaks the model server: its prompts lack their last token."""
+    """A plug-in breaks the model server: prompts lose their last token."""
     fixtures = str(Path(__file__).parents[1] / "fixtures")
     broken = {"TUNERY_PLUGINS": "toy_short_prompts", "PYTHONPATH": fixtures, "TUNERY_SERVED_CHECK_ROWS": "3"}
     workshop.start("io")

@@ -1,4 +1,4 @@
-"""Chat templates that cost much once a base is in use: their jobs fail, and those of others go on."""
+"""Chat templates that become expensive once a base is in use: their jobs fail, and other jobs continue."""
 
 import shutil
 import time
@@ -31,7 +31,7 @@ COSTLY = {
     "times": "{{ strftime_now('%A' * 9999999) }}",
     "filler": "{{ 'x'.zfill(10 ** 7).ljust(10 ** 7).center(10 ** 7) * 2 ~ 'x' }}" * 40,
 }
-"""What each does in one row of the file, those of the trial conversations apart."""
+"""Templates that are expensive in one row of the file, but not in the trial conversations."""
 
 
 def _on_demand(costly: str) -> str:

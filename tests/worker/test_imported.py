@@ -1,4 +1,4 @@
-"""An adapter that plain PEFT trained, from its archive to the uses that an adapter of a job has."""
+"""An adapter trained by plain PEFT, from its archive to every use of a job's own adapter."""
 
 import io
 import json
@@ -47,7 +47,7 @@ CONTENT = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 @pytest.fixture
 def base(workshop: Workshop, tmp_path: Path) -> Path:
-    """A base of the installation, named `mother`."""
+    """Adds a base named `mother` to the installation."""
     folder = tiny_models.llama(tmp_path / "mother", bf16=True, never_said=NEVER)
     listed, sha256 = manifest.publish(workshop.storage, "models/mother", folder)
     described = listed.model_dump(mode="json")
@@ -58,7 +58,7 @@ def base(workshop: Workshop, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def foreign(base: Path, tmp_path: Path) -> Path:
-    """An adapter that plain PEFT trained for a few steps, with a chat template of its own."""
+    """Trains an adapter with plain PEFT for a few steps, with its own chat template; returns its folder."""
     folder = tmp_path / "foreign"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -84,7 +84,7 @@ def archive(folder: Path) -> bytes:
 
 
 def bring_in(workshop: Workshop, content: bytes) -> Model:
-    """The model of an archive, as the API stores it and a worker finds it."""
+    """Imports an archive as the API and a worker do; returns its model."""
     prefix = imports.new_prefix()
     workshop.storage.put(imports.archive_key(prefix), content)
     with workshop.session() as session:
@@ -114,7 +114,7 @@ def test_it_answers_as_plain_peft_does_and_jobs_go_on_from_it(
 
 
 def check_answers(workshop: Workshop, base: Path, foreign: Path, model: Model) -> None:
-    """The model server's greedy answer is that of plain PEFT, to a prompt in the adapter's own template."""
+    """Checks that the model server's greedy answer is that of plain PEFT, to a prompt in the adapter's own template."""
     engine = Engine(workshop.settings.models_dir, workshop.storage)
     with workshop.session() as session:
         mother = session.get_one(Model, "mother")
@@ -141,7 +141,7 @@ def check_answers(workshop: Workshop, base: Path, foreign: Path, model: Model) -
 
 
 def check_continuing(workshop: Workshop, base: Path, foreign: Path, model: Model, folder: Path) -> None:
-    """A job on it is validated and continues from its weights, in its own template."""
+    """Checks that a job on it is validated and continues from its weights, in its own template."""
     file_id = workshop.file(CONTENT)
     with workshop.session() as session:
         _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")

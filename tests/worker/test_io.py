@@ -1,4 +1,4 @@
-"""What the I/O worker does: it checks files, validates jobs, converts bases and sweeps."""
+"""The work of the I/O worker: it checks files, validates jobs, converts bases and sweeps."""
 
 import dataclasses
 import hashlib
@@ -263,7 +263,7 @@ def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: 
 
 @pytest.fixture
 def seventy(workshop: Workshop) -> None:
-    """The base is one of 70 billion weights."""
+    """Makes the base one of 70 billion weights."""
     large = MODEL_INFO | {"params": 70_000_000_000, "hidden_size": 8192, "intermediate_size": 28672}
     large |= {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256}
     with workshop.session() as session:
@@ -305,11 +305,11 @@ def test_a_forced_job_waits_for_the_largest_device_that_there_is(workshop: Works
 def test_an_adapter_is_compared_with_the_tokens_that_its_job_learns(
     workshop: Workshop, r: int, count: int, said: str
 ) -> None:
-    """Of the file's rows as the base's own tokenizer and template have them; an end token is learned with each."""
+    """They are counted with the base's own tokenizer and template; an end token is learned with each answer."""
     job_id = workshop.submit(workshop.file(training_rows(count)), technique={"type": "lora", "r": r})
     assert _validate(workshop)
     [line] = [line for line in workshop.story(job_id) if said in line]
-    answers = sum(len(str(number + 1)) for number in range(count))  # a byte a token
+    answers = sum(len(str(number + 1)) for number in range(count))  # one token per byte
     found = re.search(r"the answers have about ([\d,]+) tokens", line)
     assert found is not None
     assert answers < int(found[1].replace(",", "")) <= answers + 2 * count
@@ -422,7 +422,7 @@ def test_while_one_process_validates_a_job_another_passes_it_by_and_its_owner_ma
     with advisory_lock(f"validate {job_id}") as mine:
         assert mine
         with workshop.session() as session:
-            # What another process would read, on a connection of its own.
+            # As another process reads it, on its own connection.
             assert not _validate(workshop)
             ledger.cancel(session, workshop.project_id, job_id)
     assert not _validate(workshop)
@@ -462,13 +462,13 @@ def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
 
 
 def stored(workshop: Workshop, folder: Path, prefix: str) -> dict[str, Any]:
-    """The columns of a model whose files are those of the folder."""
+    """Stores the folder's files; returns the columns of a model that has them."""
     listed, sha256 = manifest.publish(workshop.storage, prefix, folder)
     return {"prefix": prefix, "manifest": listed.model_dump(mode="json"), "manifest_sha256": sha256}
 
 
 def tuned_model(workshop: Workshop, base: Path, folder: Path) -> str:
-    """A succeeded job's adapter; its id."""
+    """Creates the adapter of a succeeded job; returns its id."""
     tiny_models.lora(folder, base)
     precision = {"precision": dataclasses.asdict(decide(Lora(), "cpu"))}
     (folder / "training_config.json").write_text(json.dumps(precision))
@@ -601,7 +601,7 @@ def test_nothing_is_tidied_away_before_a_jobs_end_or_under_a_living_attempt(work
 
 
 class _NoDelete(Directory):
-    """A storage that lets nothing go."""
+    """A storage that cannot delete anything."""
 
     def delete(self, key: str) -> None:
         raise StorageFailed(action="delete", reason="for the test")

@@ -1,4 +1,4 @@
-"""A job from its submission to its model, through real workers and a real trainer."""
+"""Jobs from their submission to their model, through real workers and a real trainer."""
 
 import json
 
@@ -72,7 +72,7 @@ def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> Non
 
 
 def _check_quote(workshop: Workshop, job: Job) -> None:
-    """Nothing had run before, so it was a guess; its event says what the run took beside it."""
+    """Checks that the quote was a guess, as nothing had run before, and that the event states what the run took."""
     quoted, actual = Quote.model_validate(job.quote), Actual.model_validate(job.actual)
     assert (quoted.device, quoted.speed_from, quoted.tokens_from) == ("CPU", "estimated", "rows")
     assert quoted.tokens == job.trained_tokens
@@ -102,7 +102,7 @@ def _check_metrics(workshop: Workshop, job_id: str) -> None:
     assert "full_valid_loss" in measured[2].values
     events = workshop.story(job_id, "metrics")
     assert [line.partition(":")[0] for line in events] == [f"Step {step}/12" for step in range(1, 13)]
-    # The end of an epoch: one event for the step and for what the whole validation file gave after it.
+    # The end of an epoch has one event for the step and for the loss on the whole validation file after it.
     assert "full validation loss=" in events[2]
     assert [step for step, metric in enumerate(measured, start=1) if "task_score" in metric.values] == [3, 6, 9, 12]
     with workshop.session() as session:
@@ -140,7 +140,7 @@ def _check_results(workshop: Workshop, file_id: str) -> None:
 
 
 def _check_checkpoints(workshop: Workshop, job_id: str) -> None:
-    """Of four epochs the last three; the first one's model is hidden and its objects are gone."""
+    """Checks that the last three of four epochs are kept; the first one's model is hidden and its objects are gone."""
     with workshop.session() as session:
         kept = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step)).all()
         models = session.scalars(select(Model).where(Model.job_id == job_id, Model.kind == "checkpoint")).all()

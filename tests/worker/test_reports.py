@@ -1,4 +1,4 @@
-"""Reports of uploaded files: made once for a content, kept, reported to the owner, and gone with the file."""
+"""Reports on uploaded files: made once per content, kept, shown to the owner, and removed with the file."""
 
 import json
 import os
@@ -22,7 +22,7 @@ PLAIN = b'{"note": "no training row"}\n' * 12
 
 @pytest.fixture
 def report_all(workshop: Workshop) -> Callable[[], int]:
-    """Makes the reports that wait; how many."""
+    """Returns a function that makes all queued reports and returns their number."""
     settings = workshop.settings.model_copy(update={"file_reports": True})
 
     def work() -> int:

@@ -1,4 +1,4 @@
-"""Which models are in memory, and which leave for others."""
+"""Models that are in memory, and those that make room for others."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from worker.server.residents import Residents
 
 @dataclass
 class Model:
-    """Of ten bytes."""
+    """A model of ten bytes."""
 
     nbytes: int = 10
     left: list[int] = field(default_factory=list)
@@ -22,7 +22,7 @@ class Model:
 
 
 def use(residents: Residents, name: str) -> Model:
-    """Holds a model for a moment."""
+    """Holds a model and releases it."""
     model = residents.hold(f"sha256 of {name}", name, 10, Model)
     residents.release(f"sha256 of {name}")
     return model

@@ -24,7 +24,7 @@ ROWS = [chat(i) for i in range(8)]
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that has trained and scored."""
+    """Returns the directory of a run that has trained and scored."""
     root = tmp_path_factory.mktemp("run")
     settled = plan(
         technique=Qlora(r=8, double_quant=False, compute_dtype="float32"),
@@ -38,7 +38,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Published:
-    """A run's base and result in storage, as the API would say of them."""
+    """A run's base and result in storage, described as in the API's requests."""
 
     storage: Directory
     files: dict[str, dict[str, str]]
@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_scorecard(scored: Path, published: Published, 
     assert json.loads((scored / "out" / "training_config.json").read_text())["scored_in"] == "nf4"
     states = [layer.weight.quant_state for layer in _packed(engine)]
     assert states
-    assert {(state.quant_type, state.nested) for state in states} == {("nf4", False)}  # of the job, not the default
+    assert {(state.quant_type, state.nested) for state in states} == {("nf4", False)}  # the job's, not the default
 
 
 def test_base_is_unquantised_where_the_operator_or_the_technique_says_so(published: Published, tmp_path: Path) -> None:

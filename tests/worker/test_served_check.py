@@ -1,4 +1,4 @@
-"""The supervisor's side of the check of a served model: what it starts, and what becomes of a check that breaks."""
+"""The supervisor's side of the check of a served model: what it starts, and how it handles a check that fails."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ WAITS = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(6
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Puts a script in the place of the check; returns the run directory, in which it runs."""
+    """Returns a function that replaces the check by a script and returns the run directory, in which it runs."""
 
     def put(script: str) -> Path:
         (tmp_path / "worker" / "server").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Whether the model server, on the files that a run leaves, answers as the run's evaluation did."""
+"""The check that the model server, on the files of a run, answers as the run's evaluation did."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ MOE = "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
 
 
 def _train(folder: Path, base: Path, technique: Technique, rows: list[dict[str, Any]] = ROWS) -> Path:
-    """A run directory, trained and scored."""
+    """Trains and scores a run; returns its directory."""
     settled = plan(
         technique=technique,
         n_epochs=2,
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run directory, whose artifact a test may change."""
+    """Returns a copy of the run directory, whose artifact a test may change."""
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
 

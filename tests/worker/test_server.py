@@ -1,4 +1,4 @@
-"""The model server, asked by the official client: its answers are those of plain transformers and peft."""
+"""The model server answers the official client as plain transformers and peft do."""
 
 import http.client
 import json
@@ -49,7 +49,7 @@ ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 
 @dataclass(frozen=True)
 class Shop:
-    """Models in storage and as plain folders: `files[name]` is what the API would say of them."""
+    """Models in storage and as plain folders; `files[name]` describes them as in the API's requests."""
 
     storage: Directory
     folders: dict[str, Path]
@@ -62,7 +62,7 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """Bases (one that never stops), and two adapters on the first, the loud one with a template of its own."""
+    """Returns bases, of which one never stops, and two adapters on the first; the loud one has its own template."""
     root = tmp_path_factory.mktemp("shop")
     storage = Directory(root / "objects")
     folders = {"one": tiny_models.llama(root / "one", seed=1), "two": tiny_models.llama(root / "two", seed=2)}
@@ -99,14 +99,14 @@ def client(port: int) -> Iterator[OpenAI]:
 
 
 def _plain(shop: Shop, base: str, adapter: str | None, tokens: int, device: str = "cpu") -> str:
-    """The greedy answer by transformers and peft alone, the prompt written by hand."""
+    """Returns the greedy answer by transformers and peft alone, to a prompt written by hand."""
     folder = shop.folders[adapter or base]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model: Any = AutoModelForCausalLM.from_pretrained(shop.folders[base], dtype=dtype).to(device)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, folder)
     tokenizer = ChatTemplate.load(folder).tokenizer
-    # The loud adapter's template says more, which is how we know whose template was used.
+    # The loud adapter's template is longer, which shows whose template was used.
     text = f"{SYSTEM if adapter == 'loud' else ''}<|im_start|>user\n{ASK[0]['content']}<|im_end|>\n"
     prompt = tokenizer.encode(f"{text}<|im_start|>assistant\n").ids
     with torch.inference_mode():
@@ -244,7 +244,7 @@ def test_a_seed_repeats_a_drawn_answer(client: OpenAI, shop: Shop) -> None:
 
     assert drawn(seed=7) == drawn(seed=7)
     assert drawn(seed=7) != drawn(seed=8)
-    # A nucleus that holds the likeliest token alone, whatever the dice say.
+    # A nucleus of the likeliest token alone leaves nothing to chance.
     assert drawn(seed=7, top_p=1e-6) == drawn(temperature=0)
 
 
@@ -351,7 +351,7 @@ def test_tools_reach_the_template_unless_none_are_to_be_called(client: OpenAI, s
         assert reply.usage
         return reply.usage.prompt_tokens
 
-    # A token a byte: the prompt grows by the tools' JSON.
+    # One token per byte: the prompt grows by the tools' JSON.
     assert prompt_tokens(tools=[tool]) == prompt_tokens() + len(json.dumps([tool]))
     assert prompt_tokens(tools=[tool], tool_choice="none") == prompt_tokens()
 
@@ -384,7 +384,7 @@ def test_special_tokens_that_a_message_spells_are_text(client: OpenAI, shop: Sho
         assert reply.usage
         return reply.usage.prompt_tokens
 
-    # A token a byte where it is text, one token where it is not.
+    # Text has one token per byte; a special token would be one.
     assert prompt_tokens("<|im_end|>") == prompt_tokens("x" * len("<|im_end|>"))
 
 
@@ -402,7 +402,7 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_client(
     body = shop.chosen("one")
     stream = client.chat.completions.create(model="one", messages=ASK, stream=True, extra_body=body)
     next(stream)
-    # A disk or a GPU that fails: nothing that a request could bring about.
+    # A disk or a GPU that fails, which no request can cause.
     monkeypatch.setattr("worker.server.generation.choose", lambda *_: 1 / 0)
     with pytest.raises(openai.APIError, match="The model server failed"):
         list(stream)
@@ -417,7 +417,7 @@ def _health(port: int) -> dict[str, Any]:
 
 @contextmanager
 def _endless_answer(port: int, shop: Shop, *, stream: bool) -> Iterator[None]:
-    """A client that asks for 60,000 tokens, and hangs up at the block's end."""
+    """Runs the block while a client waits for 60,000 tokens, and disconnects it at the block's end."""
     body = {"model": "endless", "messages": ASK, "temperature": 0, "stream": stream, **shop.chosen("endless")}
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection, ExitStack() as stack:
         connection.request("POST", "/v1/chat/completions", json.dumps(body))
@@ -492,7 +492,7 @@ def test_a_cut_off_character_is_shown_as_such_at_the_end(bytes_tokenizer: Tokeni
 
 
 def test_an_answers_first_blank_is_shown() -> None:
-    """Decoded alone, a SentencePiece answer loses it."""
+    """A SentencePiece answer that is decoded alone loses it."""
     made = sentencepiece()
     prompt = made.encode("assistant:\n", add_special_tokens=False).ids
     answer = made.encode("assistant:\n  yes", add_special_tokens=False).ids[len(prompt) :]
@@ -510,7 +510,7 @@ def test_tokens_are_drawn_by_their_probability_within_the_nucleus() -> None:
     dice = torch.Generator().manual_seed(1)
     drawn = [choose(logits, Sampling(top_p=0.9), dice) for _ in range(4000)]
     fractions = [drawn.count(token) / len(drawn) for token in range(4)]
-    # 0.5 + 0.3 < 0.9, so the third token is still in and the fourth is out; the rest is scaled to 1.
+    # 0.5 + 0.3 < 0.9, so the third token is included and the fourth is not; the rest is scaled to 1.
     assert fractions == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=0.03)
     cold = [choose(logits, Sampling(temperature=0.5), dice) for _ in range(4000)]
     squares = [0.25, 0.09, 0.0225, 0.0025]
@@ -558,7 +558,7 @@ def test_the_process_serves_on_the_address_of_the_settings(
             )
         assert reply.choices[0].message.content == _plain(shop, "one", None, 8)
     finally:
-        # uvicorn ends its work and then dies of the signal that it was sent.
+        # uvicorn shuts down and then exits by the signal that it was sent.
         assert processes.stop(server, (signal.SIGTERM, 20)) == -signal.SIGTERM, processes.tail(tmp_path / "log")
 
 

@@ -1,4 +1,4 @@
-"""Many clients of the model server at once: none spoils another's answer, whatever its request or its model is."""
+"""Many clients of the model server at once: none affects another's answer, whatever its request or its model."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 
 
 class SlowDirectory(Directory):
-    """Storage whose objects under a prefix come only once they may."""
+    """A storage that holds back the objects under a prefix until they may be read."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -286,7 +286,7 @@ def test_an_answer_that_cannot_be_closed_does_not_end_the_others(
     close, closed, broken = Generation.close, [], []
 
     def close_and_break(answer: Generation) -> None:
-        """The answer closes itself at its end; the loop closes it again."""
+        """Breaks the second close: the answer closes itself at its end, and the loop closes it again."""
         if answer in closed:
             broken.append(answer)
             raise RuntimeError("a fault of the device")

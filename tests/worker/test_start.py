@@ -1,4 +1,4 @@
-"""How workers start: set up once, or not at all; never there and deaf."""
+"""Workers start with a complete setup or exit; none runs without taking work."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from worker.app import app
 
 
 def driver(workshop: Workshop, *gpus: dict[str, Any], fails: int = 0) -> dict[str, str]:
-    """The environment of a worker on a host with the driver's library of tests/fixtures/fake_nvml.py."""
+    """Returns the environment of a worker on a host with the driver library of tests/fixtures/fake_nvml.py."""
     file = workshop.folder / "driver.json"
     fake_nvml.write(file, gpus, fails=fails)
     fixtures = str(Path(fake_nvml.__file__).parent)
@@ -55,7 +55,7 @@ def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop
 
 
 def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Workshop) -> None:
-    """A slot that took as long as some drivers do would be killed as dead, and its successor too."""
+    """A slot that waited as long as some drivers take would be killed as dead, and so would its successor."""
     worker = workshop.start("train", TUNERY_POLL_SECONDS="60", **driver(workshop, fake_nvml.gpu("GPU-aaaa")))
     workshop.until(lambda: _shown(workshop), "the device is shown")
     asked = (workshop.folder / "driver.asked").read_text().split()
@@ -86,7 +86,7 @@ def _shown(workshop: Workshop) -> list[str]:
 
 
 def test_a_job_is_given_to_the_trainer_that_waits_for_it(workshop: Workshop) -> None:
-    """The slot's first look starts one, the job runs in it, and the next one is started after it."""
+    """The slot's first look starts a trainer, the job runs in it, and the next trainer starts after it."""
     workshop.start("io")
     workshop.start("train", TUNERY_PRELOAD_TRAINER="true")
     (waiting,) = workshop.until(workshop.trainers, "a process waits")

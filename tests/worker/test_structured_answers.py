@@ -1,4 +1,4 @@
-"""JSON, tool calls, several answers and log probabilities of a served model, by the official client."""
+"""JSON, tool calls, several answers and log probabilities of a served model, requested by the official client."""
 
 import json
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def body(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the API adds to a request, and under "port" where the server listens."""
+    """Yields what the API adds to a request, and under "port" the server's port."""
     storage = Directory(tmp_path_factory.mktemp("objects"))
     _, sha256 = manifest.publish(storage, "models/one", folder)
     files = {"id": "one", "prefix": "models/one", "manifest_sha256": sha256}
@@ -76,7 +76,7 @@ def ask(body: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_an_answer_keeps_to_a_schema(ask: Any, seed: int, temperature: float) -> None:
-    """A model of random weights would write anything."""
+    """A model of random weights writes anything if nothing constrains it."""
     wanted = {"type": "json_schema", "json_schema": {"name": "card", "schema": CARD, "strict": True}}
 
     choice = ask(response_format=wanted, seed=seed, temperature=temperature).choices[0]
@@ -129,7 +129,7 @@ def test_what_cannot_be_kept_to_is_refused(ask: Any, asked: dict[str, Any], said
 
 
 def test_a_required_call_is_made_whatever_form_a_text_would_have(ask: Any) -> None:
-    """instructor asks for both."""
+    """The library instructor asks for both."""
     wanted = {"type": "json_schema", "json_schema": {"name": "card", "schema": CARD, "strict": True}}
     choice = ask(tools=[FIND], tool_choice="required", response_format=wanted).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
@@ -233,7 +233,7 @@ def test_a_slow_client_gets_the_log_probability_of_every_token(folder: Path, tmp
     choice = StreamedChoice(Reply(chat), 0, answer)
     chunks = choice.chunks(next(piece for piece in text if piece))
     sent = [next(chunks) for _ in ("the role", "the first text")]
-    rest = [*text, None]  # the answer is written to its end while its first text is on the way
+    rest = [*text, None]  # the answer is finished while its first text is being sent
     sent += [*chunks, *(chunk for piece in rest for chunk in choice.chunks(piece))]
     choices = [chunk["choices"][0] for chunk in sent]
 

@@ -1,4 +1,4 @@
-"""The supervisor's parts, each on the real thing: processes, pipes, PostgreSQL, a directory."""
+"""The supervisor's parts, each with real processes, pipes, PostgreSQL and directories."""
 
 import signal
 import threading
@@ -66,7 +66,7 @@ def test_a_trainer_sees_no_secret_and_only_its_own_gpus() -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], process_.Trainer]:
-    """Starts a script of the test's in the place where the supervisor finds `worker.trainer`."""
+    """Returns a function that starts a script of the test in place of `worker.trainer`."""
 
     def start(script: str) -> process_.Trainer:
         (tmp_path / "tree" / "worker").mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_a_log_tail_can_be_stored_whatever_they_are(stand_in: Callable[[str], pr
 
 
 BAR = "import sys, tqdm\nfor _ in tqdm.tqdm(range(3), mininterval=0): pass\n"
-"""As libraries draw it, whose bars no setting of their own turns off."""
+"""A progress bar as libraries draw it, which no setting of theirs turns off."""
 
 
 def test_no_progress_bar_is_in_the_log_tail(stand_in: Callable[[str], process_.Trainer]) -> None:
@@ -125,7 +125,7 @@ folder = pathlib.Path(sys.stdin.readline().rstrip("\\n"))
 
 @pytest.fixture
 def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], process_.Trainers]:
-    """A slot's trainers, of which one is started before any job, as the given script."""
+    """Returns a function that makes a slot's trainers, one of which already waits and runs the given script."""
 
     def start(script: str) -> process_.Trainers:
         (tmp_path / "tree/worker").mkdir(parents=True)
@@ -164,9 +164,9 @@ def test_a_process_that_waits_for_other_gpus_is_ended(
     waiting = _waiting(made)
     trainer = made.start(tmp_path, (0, 2))
     assert waiting.process.returncode == -signal.SIGKILL
-    assert (trainer.wait(), trainer.log_tail().splitlines()[-1]) == (1, "AssertionError")  # it was given a folder
+    assert (trainer.wait(), trainer.log_tail().splitlines()[-1]) == (1, "AssertionError")  # it got a folder
     made.make_ready()
-    trainer = made.start(tmp_path, (0, 2))  # what the last job got
+    trainer = made.start(tmp_path, (0, 2))  # as the last job got
     assert (trainer.wait(), trainer.log_tail()) == (0, "on GPU 0,2")
 
 
@@ -195,12 +195,12 @@ THREE = [
     fake_nvml.gpu("GPU-bbbb", processes=[7]),
     fake_nvml.gpu("GPU-cccc", "Tesla V100-SXM2-16GB", memory=16384, capability=[7, 0], mig=None),
 ]
-"""The second is used by another program."""
+"""Three GPUs, of which another program uses the second."""
 
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a driver's library of the test's behind pynvml; call it with what the library knows."""
+    """Returns a function that puts a fake driver library behind pynvml; its arguments are what the library knows."""
     monkeypatch.setattr(pynvml, "nvmlLib", None)
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -214,7 +214,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 @pytest.fixture
 def no_driver(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without the driver's library."""
+    """Makes the host one without the driver library."""
 
     def load(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file: No such file or directory")
@@ -307,7 +307,7 @@ def test_a_starting_slot_cleans_up_and_spares_a_run_that_begins_meanwhile(
     dead.touch()
 
     def begin(connection: object, cursor: object, statement: str, *_: object) -> None:
-        """Another slot of the host claims the job just after ours has asked which attempts are live."""
+        """Claims the job as another slot of the host, just after this slot has asked which attempts are live."""
         if "FROM attempts" in statement and "attempts.number" in statement and not live.exists():
             live.parent.mkdir(parents=True)
             live.touch()
@@ -323,7 +323,7 @@ def test_a_starting_slot_cleans_up_and_spares_a_run_that_begins_meanwhile(
 
 
 class _Process:
-    """Notes what a lease would do to a run's process."""
+    """Records what a lease would do to a run's process."""
 
     def __init__(self) -> None:
         self.asked, self.killed = threading.Event(), threading.Event()
@@ -379,9 +379,9 @@ def test_a_pause_asks_first_and_kills_after_the_grace(database: Database, lease:
 
 
 END_OURS = "SELECT pg_terminate_backend(pg_backend_pid())"
-"""The server ends our connection, as it does when it restarts."""
+"""Makes the server end this connection, as it does when it restarts."""
 SLEEP_IN_IT = "SET LOCAL idle_in_transaction_session_timeout = 1"
-"""The server ends our connection since we were suspended in the middle of a transaction."""
+"""Makes the server end this connection, as it does if the client was suspended inside a transaction."""
 
 
 @pytest.mark.parametrize("fault", [END_OURS, SLEEP_IN_IT])
@@ -439,7 +439,7 @@ def test_a_stop_while_the_database_is_silent_is_recorded_when_it_is_back(
     other = quick.runs_dir / "ftjob-ended" / "3.stopped"
     other.parent.mkdir()
     other.touch()
-    # The slot that `rows.claim` claims for comes back. It does not look for work: there is a job.
+    # The slot for which `rows.claim` claims comes back. It does not look for work, as there is a job.
     assert Slot("host/cpu", quick, Drain(), devices.found(None))._take_over()
     with database.sessions() as session:
         job = session.get_one(Job, lease.job_id)
@@ -452,7 +452,7 @@ def test_a_stop_while_the_database_is_silent_is_recorded_when_it_is_back(
 def test_a_change_is_committed_once_though_the_answer_to_its_commit_was_lost(
     database: Database, lease: leases.Lease, quick: Settings, reached: bool
 ) -> None:
-    """Whether the COMMIT had reached the server or not: PostgreSQL knows."""
+    """PostgreSQL knows whether the COMMIT reached it."""
     faults = [True]
 
     def cut_off(connection: Connection) -> None:
@@ -551,7 +551,7 @@ def test_exports_of_a_model_stay_in_storage(storage: Directory, tmp_path: Path) 
 
 @pytest.fixture
 def two_chunks(storage: Directory, tmp_path: Path) -> Manifest:
-    """The manifest of a stored base whose one file comes in two chunks."""
+    """Stores a base whose one file comes in two chunks; returns its manifest."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "model.safetensors").write_bytes(b"x" * (CHUNK + 1))
     return upload.publish(storage, "models/m", tmp_path / "source")
@@ -565,7 +565,7 @@ def test_a_fetch_of_a_base_is_broken_off_in_the_middle_of_a_file(
     def check() -> None:
         nonlocal calls
         calls += 1
-        if calls == 3:  # before the file, at its first chunk, at its second
+        if calls == 3:  # call 1 is before the file, calls 2 and 3 are at its chunks
             raise Interrupted
 
     fetch = lambda: staging.base_folder(tmp_path / "models", storage, "models/m", two_chunks.sha256, check)  # noqa: E731
@@ -634,7 +634,7 @@ def test_a_wake_up_that_finds_the_poller_busy_returns_at_once_and_is_not_lost() 
 
 
 def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Workshop) -> None:
-    """It would go round and round for as long as there is any work that it sends them for."""
+    """It would run in an endless loop as long as there is any work for which it sends wake-ups."""
     drain = Drain()
     drain.begin()
     pollers = start_pollers(dispatch.IO, "test", workshop.settings, drain, [])

@@ -1,4 +1,4 @@
-"""Trackers of experiments beside real jobs: fed by a process of the worker's, and no job's condition."""
+"""Experiment trackers of real jobs: a process of the worker feeds them, and no job depends on them."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def _warnings(workshop: Workshop, job_id: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_job_goes_on_without_a_tracker_that_is_down(workshop: Workshop, tmp_path: Path) -> None:
-    """One library fails with the key in its words, as a client of HTTP does; the other tracker is not set up."""
+    """One library fails with the key in its error text, as an HTTP client may; the other tracker is not set up."""
     library = tmp_path / "library"
     library.mkdir()
     (library / "wandb.py").write_text(
@@ -103,7 +103,7 @@ def _read(script: str, path: str, *arguments: object, **names: str) -> Any:
 
 @pytest.mark.slow
 def test_real_trackers_get_all_offline(workshop: Workshop, tmp_path: Path) -> None:
-    """Weights & Biases in its offline mode, MLflow in a folder, and neither when a server does not answer."""
+    """Weights & Biases runs offline, MLflow writes to a folder; a server that does not answer gets nothing."""
     path = str(next((other_clients.install("trackers") / "lib").glob("python*")) / "site-packages")
     job_id = _submit(workshop, WANDB, MLFLOW, test=True)
     store = f"file://{tmp_path}/mlflow"
