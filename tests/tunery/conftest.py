@@ -1,4 +1,4 @@
-"""The command in process, and an API of its own for it to talk to."""
+"""The `tunery` command, run in this process, and an API for it to talk to."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +17,12 @@ from tunery.keys import auth, projects
 def tunery(
     database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Run:
-    """`tunery("files", "list")` -> exit status, standard output, standard error; in an empty folder, without a key."""
+    """Runs a command in an empty folder, without a key: `tunery("files", "list")` -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
-        # Made again, as a console keeps the stream that it was made with.
+        # Created again, because a console keeps the stream that it was created with.
         monkeypatch.setattr(output, "console", output.Console(highlight=False, width=80))
         monkeypatch.setattr(output, "errors", output.Console(stderr=True, highlight=False, width=80))
         with pytest.raises(SystemExit) as end:
@@ -41,7 +41,7 @@ def key(database: Database) -> str:
 
 @pytest.fixture
 def api(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The API on a port of its own, and the environment that leads there."""
+    """The address of an API on a port of its own, which the environment points to."""
     with serving(create_app(database.settings)) as url:
         monkeypatch.setenv("TUNERY_API_URL", url)
         monkeypatch.setenv("TUNERY_API_KEY", key)

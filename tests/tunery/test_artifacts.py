@@ -1,4 +1,4 @@
-"""A folder's way into storage and back."""
+"""Publishing a folder to storage and fetching it back."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which models are too large to be asked on a CPU."""
+"""Which models are too large for baselines on a CPU."""
 
 import pytest
 from known_models import LLAMA_8B
@@ -14,7 +14,7 @@ LLAMA, TINY = Model(id="llama-8b", model_info=LLAMA_8B), Model(id="tiny", model_
 @pytest.mark.parametrize(
     ("order", "said"),
     [
-        # An answer's 400 tokens are 2 x 7.5e9 operations each, of 40e9 a second: 150 s.
+        # An answer has 400 tokens, of 2 x 7.5e9 operations each, at 40e9 a second: 150 s.
         (Order(max_rows=200), "about 18 hours; the limit is 4. Set max_rows to 5 for about an hour"),
         (Order(max_rows=200, shots=[0]), "about 9 hours; the limit is 4. Set max_rows to 11"),
         (Order(max_rows=12, shots=[0, 4], retrieval="nearest"), "about 3 hours; the limit is 4. Set max_rows to 3 "),

@@ -1,4 +1,4 @@
-"""External endpoints: where they may lie, what they are asked, and what is said of those that do not answer."""
+"""External endpoints: which addresses are allowed, what is sent to them, and what is reported if they fail."""
 
 import json
 from http.server import BaseHTTPRequestHandler

@@ -1,4 +1,4 @@
-"""Advice that ends in what was measured: a row for every way in which a target can be met or missed."""
+"""Advice that is based on measured baselines: a case for every way in which a target can be met or missed."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def test_without_a_target_the_best_row_is_named_and_nothing_decided() -> None:
         ([row("met", cost_per_1000=2.0), row("met", cost_per_1000=1.0, **TUNED)], 1),
         ([row("unsure", cost_per_1000=0.1), row("met", cost_per_1000=9.0)], 1),
         ([row("unsure", cost_per_1000=0.2), row("unsure", cost_per_1000=0.1)], 1),
-        ([row("met"), row("met", cost_per_1000=9.0)], 1),  # a cost that is not known may be any
+        ([row("met"), row("met", cost_per_1000=9.0)], 1),  # an unknown cost may be any
         ([row("met", **TUNED), row("met", prompt_tokens=500.0)], 1),
         ([row("met", prompt_tokens=500.0), row("met", prompt_tokens=20.0)], 1),
         ([row("missed", cost_per_1000=0.0)], None),

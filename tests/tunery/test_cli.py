@@ -64,7 +64,7 @@ def test_a_file_goes_up_is_listed_comes_back_and_goes(tunery: Run, api: str, tra
     file = out.strip()
     assert (status, file[:5]) == (0, "file-")
     assert "train.jsonl" in err
-    assert file in tunery("files", "list")[1]  # whole, though the terminal is narrow
+    assert file in tunery("files", "list")[1]  # not shortened, although the terminal is narrow
     assert json.loads(tunery("files", "show", file)[1])["bytes"] == len(TRAIN)
     tunery("files", "content", file, "-o", tmp_path / "back.jsonl")
     assert (tmp_path / "back.jsonl").read_bytes() == TRAIN
@@ -465,7 +465,7 @@ def test_show_has_both_precisions_of_the_scorecard(tunery: Run, api: str, databa
 
 
 def _scorecard() -> dict[str, Any]:
-    """A stored one, of a task in JSON."""
+    """A stored scorecard of a task in JSON."""
     measured = {"base": 0.0, "low": 0.1, "high": 0.5, "p": 0.01}
     exact, f1 = ({**measured, "tuned": gain, "gain": gain} for gain in (0.25, 0.5))
     moved = {"prompts": 20, "tokens": 900, "kl": 0.12, "kl_low": 0.1, "kl_high": 0.14, "base_nll": 2.31,

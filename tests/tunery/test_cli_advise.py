@@ -1,4 +1,4 @@
-"""`tunery advise` of a file here, which needs no server, and of an uploaded one."""
+"""`tunery advise` of a local file, which needs no server, and of an uploaded one."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath",
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """144 rows that ask different things, and the first of them again."""
+    """144 rows with different questions, and the first of them again."""
     path = tmp_path / "rows.jsonl"
     asked = [f"What does the {one} {two} form ask for?" for one in WORDS for two in reversed(WORDS)]
     chats = [

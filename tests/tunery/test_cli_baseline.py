@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def finish(database: Database) -> None:
-    """What a worker would have found: nothing right without examples, all with four."""
+    """Finishes the waiting baseline as a worker does: no answer is right without examples, and all with four."""
     scores = [
         PromptScore(
             shots=shots, nearest=False, rows=12, primary="exact", prompt_tokens=20.0 + 30 * shots, answer_tokens=2.0,

@@ -1,4 +1,4 @@
-"""`tunery models ...`, and what is downloaded of models and jobs."""
+"""`tunery models ...`, and downloads of models and jobs."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def test_models_are_registered_listed_and_named_again(
     (tmp_path / "some-model").mkdir()
     status, out, _ = tunery("models", "add", "mine", "some-model", "--no-wait")
     assert (status, out) == (0, "✓ mine is processing\n")
-    with database.sessions() as session:  # a worker's folder is not ours: the path that was sent is absolute
+    with database.sessions() as session:  # a worker runs in another folder, so the path that was sent is absolute
         assert session.get_one(Model, "mine").source == str(tmp_path / "some-model")
 
 
@@ -136,7 +136,7 @@ print(type(model).__name__, type(model.base_model.model).__name__, model.peft_co
 
 
 def _load(folder: Path, cwd: Path) -> str:
-    """As somebody who has PEFT alone: no hub, no Tunery, in another folder."""
+    """Loads a model as somebody who has only PEFT: no hub, no Tunery, in another folder."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", LOAD, str(folder)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -169,7 +169,7 @@ def test_command_waits_for_the_export(tunery: Run, api: str, database: Database,
 
 
 def _finish_export(database: Database, model: str, result: dict[str, object]) -> None:
-    """Ends the export that is asked for next, as a worker does."""
+    """Finishes the model's next export as a worker does."""
     while True:
         with database.sessions.begin() as session:
             if model in exports.waiting(session):

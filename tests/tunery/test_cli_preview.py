@@ -1,4 +1,4 @@
-"""`tunery files preview` shows what is learned of a file, with a folder or with a server's base."""
+"""`tunery files preview` shows what is learned from a file, with a local folder or a base of the server."""
 
 import json
 from pathlib import Path

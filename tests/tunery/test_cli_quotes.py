@@ -1,4 +1,4 @@
-"""What the command line says of a job's quote."""
+"""What the command line shows of a job's quote."""
 
 import rows
 from cloned_databases import Database

@@ -48,7 +48,7 @@ def test_what_the_api_refuses_is_said(tunery: Run, original: str) -> None:
 
 
 def _ended(database: Database, job_id: str, losses: list[float], weights: str) -> None:
-    """What a run leaves that a comparison reads, but for the record of its versions."""
+    """Stores what a comparison reads of a run, except the record of its versions."""
     with database.sessions.begin() as session:
         job = session.get_one(Job, job_id)
         if job.state != State.SUCCEEDED:
@@ -111,7 +111,7 @@ def test_another_seed_is_no_reproduction_however_near(tunery: Run, database: Dat
 def test_a_reproduction_is_started_and_waited_for(
     tunery: Run, database: Database, original: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run itself is a worker's; tests/worker/test_rerun.py has real ones."""
+    """No worker runs here; tests/worker/test_rerun.py has real runs."""
     _ended(database, original, [2.0], "a")
     status, out, err = tunery("jobs", "reproduce", original)
     again = out.strip()

@@ -1,4 +1,4 @@
-"""Cleaning a file into a new one: what goes, what is changed, what is held out, and what stays byte for byte."""
+"""Cleaning a file into a new one: what is dropped, changed or held out, and what stays byte for byte."""
 
 import gzip
 import json
@@ -71,7 +71,7 @@ def test_injected_faults_are_gone_and_the_file_is_as_it_was(tmp_path: Path, monk
     sure = {finding.kind for finding in found.findings if finding.kind != "truncated_output" or finding.score == 1}
     assert sure <= {"mislabelled", "label_imbalance", "dominant_answer"}
     assert len(rows) == done.clean.rows > 90
-    # Each fault that is certain was seen to: as its own kind or as another one's.
+    # Every certain fault was handled, as its own kind or as another.
     touched = {one.line for one in (*done.dropped, *done.changed)}
     for kind in ("empty_output", "wrong_roles", "pii", "too_long", "test_leak"):
         assert dirty.lines[kind] <= touched, kind

@@ -1,4 +1,4 @@
-"""Answers that quote their question: a value that the question does not have is of another one's answer."""
+"""Answers that quote their question: a value that the question lacks belongs to another question's answer."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The report of a file's rows: each kind of finding, on rows of which one has the fault."""
+"""The report of a file's rows: each kind of finding, tested on rows of which one has the fault."""
 
 import json
 import random
@@ -64,7 +64,7 @@ def lines(check: Check, case: Case) -> list[list[int]]:
 
 
 def labelled(count: int = 60) -> list[dict[str, Any]]:
-    """Rows whose words say their label, in JSON."""
+    """Rows whose questions have words of their label; the answers give it in JSON."""
     dice = random.Random(1)
     made = []
     for at in range(count):
@@ -198,7 +198,7 @@ def test_pairs_of_like_questions() -> None:
 
 
 def test_leaks_of_short_questions_with_a_greeting() -> None:
-    """The shingles of a short question and of the same with a few words more are too unlike."""
+    """The shingles of a short question differ too much from those of the same question with a greeting."""
     against = [row(1, "I have lost my card", "lost"), row(2, "Hello there. Set a pin of 4 digits", "pin")]
     rows = [
         row(1, "Good morning. I have lost my card!", "lost"),
@@ -234,7 +234,7 @@ def test_answers_that_teach_little() -> None:
 
 
 def test_a_whole_report(tmp_path: Path) -> None:
-    """One file with a fault of each kind: the lines are those of the file, and rows without a fault are not named."""
+    """The file has a fault of each kind. The report names lines of the file, and no row without a fault."""
     rows = labelled()
     wrong = chat("is the card lost; thief in the street took wallet", '{"intent": "refund"}')
     same = [chat("my item order was cancelled", f'{{"intent": "{label}"}}') for label in LABELS[:2]]
@@ -337,7 +337,7 @@ ASKED = ("Where is my new card, please?", "I would like to close my account toda
 SAID = ("It will arrive within five days.", "We have closed the account for you.", "You can change it at any machine.")
 
 
-@pytest.mark.parametrize("sampled", [4000, 30])  # none of the rows that are named is among the 30
+@pytest.mark.parametrize("sampled", [4000, 30])  # no row with a finding is among the 30
 def test_rows_in_another_language(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(languages, "SAMPLED", sampled)
     rows = [row(at, f"{ASKED[at % 3]} {at}", f"{SAID[at % 3]} {at}") for at in range(1, 90)]
@@ -389,7 +389,7 @@ def test_tokens_of_a_base(tmp_path: Path) -> None:
     assert "What a length limit cuts" in shown
     assert "Answers that the token limit cuts" in shown
     assert whole < 256
-    for counts, is_shown in (({"en": 3}, True), ({"unknown": 3}, False)):  # of labels in JSON none is identified
+    for counts, is_shown in (({"en": 3}, True), ({"unknown": 3}, False)):  # no language is identified in JSON labels
         said = made.as_dict()
         said["figures"]["languages"] = {"question": {"en": 3}, "answer": counts}
         assert ("languages of the answers" in page.render("f.jsonl", said)) is is_shown

@@ -1,4 +1,4 @@
-"""What a training file must hold."""
+"""What a training file must contain."""
 
 import json
 from dataclasses import replace

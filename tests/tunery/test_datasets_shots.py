@@ -53,7 +53,7 @@ def test_examples_stand_behind_the_rows_own_system_message(folder: Path) -> None
 
 def test_any_first_examples_have_as_many_answers_as_can_be() -> None:
     answers = ["a"] * 20 + ["b"] * 3 + ["c"]
-    for seed in range(8):  # one alone may be balanced by luck
+    for seed in range(8):  # a single order may be balanced by chance
         order = choice.balanced(answers, seed)
         assert sorted(order) == list(range(24))
         assert {answers[place] for place in order[:3]} == {"a", "b", "c"}

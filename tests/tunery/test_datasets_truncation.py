@@ -35,7 +35,7 @@ def known_of(*rows: Row, language: dictionary.Dictionary = ENGLISH) -> vocabular
         ("Who?", "He sat on the cat", False),
         ("Who?", "He sat on the", True),
         ("Who?", "He may", False),  # short enough for a label
-        ("Who?", "He sat on the ma", True),  # rather a part of "mat" than the word "ma"
+        ("Who?", "He sat on the ma", True),  # more likely a part of "mat" than the word "ma"
         ("Who?", "He sat on the Ma", False),
         ("Who?", "He sat on the dog'", True),
         ("Who?", "He sat on the 'dog'", False),
@@ -144,4 +144,4 @@ def test_the_share_of_answers_that_break_off_is_estimated() -> None:
     few = np.array([0.9] + [0.02] * 400)
     many, rare = (cut_model.calibrate(cut_model.odds(one)) for one in (scores, few))
     assert many[0] > 0.7 > 0.5 > rare[0] > many[-1]
-    assert cut_model.calibrate(cut_model.odds(np.array([1.0] + [0.0] * 99)))[0] > 0.99  # a single one is seen
+    assert cut_model.calibrate(cut_model.odds(np.array([1.0] + [0.0] * 99)))[0] > 0.99  # a single one is found

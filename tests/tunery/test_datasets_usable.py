@@ -1,4 +1,4 @@
-"""The rows of a file that count: what a cleaning would keep, less answers that refuse."""
+"""The usable rows of a file: those that a cleaning would keep, except refusals."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,13 @@ def _found(*kinds_and_lines: tuple[str, list[int]], score: float = 1.0) -> list[
         (_found(("exact_duplicate", [1, 2, 3])), {2: "exact_duplicate", 3: "exact_duplicate"}),
         (_found(("near_duplicate", [4, 7])), {7: "near_duplicate"}),
         (_found(("contradiction", [4, 7])), {4: "contradiction", 7: "contradiction"}),
-        # The row without another fault is the one that stays.
+        # The row without another fault is the one that is kept.
         (_found(("exact_duplicate", [1, 2]), ("empty_output", [1])), {1: "empty_output"}),
         (_found(("contradiction", [1, 2]), ("mislabelled", [2])), {2: "mislabelled"}),
         (_found(("mislabelled", [2]), score=0.49), {}),
         (_found(("truncated_output", [5]), ("refusal", [6])), {5: "truncated_output", 6: "refusal"}),
         (_found(("wrong_roles", [5]), ("invalid_row", [6])), {5: "wrong_roles", 6: "invalid_row"}),
-        # Redacted, the row is still there; what only describes the file speaks against no row.
+        # A redacted row is still usable; a finding that only describes the file excludes no row.
         (_found(("pii", [5]), ("low_diversity", [1, 2]), ("label_imbalance", [3])), {}),
     ],
 )

@@ -1,4 +1,4 @@
-"""The engine: what its errors say."""
+"""The database engine: what its errors say."""
 
 import pytest
 from sqlalchemy import text

@@ -1,4 +1,4 @@
-"""Commands that run a model elsewhere: what is offered for which files."""
+"""Commands that run a model elsewhere: which are offered for which files."""
 
 from typing import Any
 

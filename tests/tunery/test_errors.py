@@ -1,4 +1,4 @@
-"""Errors: what they say, in this process and when another one has said it."""
+"""Error messages, raised in this process or passed on from another one."""
 
 from tunery.failures import DoesNotFit, InvalidNExamples, JobFailure
 

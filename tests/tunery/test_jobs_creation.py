@@ -113,8 +113,8 @@ def test_contradictions_come_before_names_that_lead_nowhere(session: Session, ca
 
 
 def test_request_has_one_digest_in_every_release(session: Session, caller: Caller) -> None:
-    """A client repeats a request while the API is replaced, and an Idempotency-Key is compared for as long as its job
-    is stored."""
+    """A client may repeat a request during an upgrade of the API, and an Idempotency-Key is compared for as long as its
+    job is stored."""
     rows.base(session, "tiny")
     rows.file(session, session.get_one(Project, caller.project_id), id="file-1")
     fields = {"model": "tiny", "training_file": "file-1", "seed": 1, "technique": {"type": "lora", "r": 4}}
@@ -130,7 +130,7 @@ def test_spec_with_two_learning_rates_is_refused() -> None:
 
 
 def test_spec_of_an_older_release_is_read() -> None:
-    """As it was stored before the options had a class of their own: in another order, and with no technique."""
+    """It was stored before the options had a class of their own: in another order, and without a technique."""
     stored = {
         "schedule": {"type": "cosine", "warmup_ratio": 0.05, "min_ratio": 0.0},
         "max_seq_length": 2048,
@@ -155,7 +155,7 @@ def test_spec_of_an_older_release_is_read() -> None:
 
 
 def _only_of(old: Any, new: Any) -> Any:
-    """The new value without options that were added since."""
+    """Returns the new value without the options that were added since."""
     return {name: new[name] for name in old} if isinstance(old, dict) else new
 
 

@@ -1,4 +1,4 @@
-"""Quotes of jobs: from which files, on which device, of which runs; and what a run leaves for the next ones."""
+"""Quotes of jobs: from which files, devices and earlier runs; and what a run records for later quotes."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -41,7 +41,7 @@ def ended(
     start: float = 10,
     kept: bool = True,
 ) -> Job:
-    """A job whose run took `start` seconds and one for each of its 100 tokens."""
+    """Makes a job whose run took `start` seconds, plus one second for each of its 100 tokens."""
     job = rows.job(session, owner, State.SUCCEEDED, base_model=base.id)
     job.plan = rows.plan(technique=technique or Lora()).model_dump(mode="json")
     finished = Finished(
@@ -131,12 +131,12 @@ def test_another_projects_run_counts_and_is_not_named(session: Session, owner: P
 
 def test_the_smallest_card_that_will_do_is_quoted(session: Session, owner: Project) -> None:
     job = rows.job(session, owner)
-    assert quote_of(session, job).device == "T4"  # no worker has come: the table's smallest
+    assert quote_of(session, job).device == "T4"  # no worker has registered: the smallest known card
     show(session)
     assert quote_of(session, job).device == "CPU"
     show(session, "NVIDIA H200", index=0, gib=140)
     show(session, "NVIDIA L4", index=1, gib=22)
-    show(session, "Tesla T4", index=2, gib=0)  # not enough
+    show(session, "Tesla T4", index=2, gib=0)  # too little memory
     assert quote_of(session, job).device == "NVIDIA L4"
 
 
@@ -224,7 +224,7 @@ def test_an_end_keeps_what_the_next_quotes_are_made_of(session: Session, owner: 
 def test_a_run_that_nobody_concluded_has_cost_all_the_same(session: Session, owner: Project, state: State) -> None:
     job = rows.job(session, owner, state, base_model=rows.base(session).id)
     quoting.conclude_unfinished(session, job, SETTINGS)
-    assert job.actual is None  # no worker has had it
+    assert job.actual is None  # no worker has run it
     began = datetime.now(UTC) - timedelta(hours=1)
     for number, seconds in [(1, 50), (2, 100)]:
         attempt = Attempt(job_id=job.id, number=number, host="h", slot="s", gpu_indexes=[2, 3], outcome="lost")
@@ -237,7 +237,7 @@ def test_a_run_that_nobody_concluded_has_cost_all_the_same(session: Session, own
     assert (actual.device, actual.gpus, actual.seconds) == ("NVIDIA H200", 2, 150)
     assert actual.cost == pytest.approx(2 * 150 * 3.6 / 3600)
     assert (actual.of_quoted, actual.in_range) == (None, None)
-    assert quote_of(session, job).speed_from == "estimated"  # it says nothing of other runs
+    assert quote_of(session, job).speed_from == "estimated"  # it is no measurement for other runs
     job.actual = {"kept": 1}
     quoting.conclude_unfinished(session, job, SETTINGS)
     assert job.actual == {"kept": 1}

@@ -1,4 +1,4 @@
-"""What a job waits for: the particular reason, by the queue's own conditions."""
+"""What a job waits for: the specific reason, found with the queue's own conditions."""
 
 import pytest
 import rows

@@ -1,4 +1,4 @@
-"""Jobs move along TRANSITIONS and nowhere else, and only the hand that holds the lease may write."""
+"""Jobs change state only along TRANSITIONS, and only the holder of a job's lease may write."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -321,7 +321,7 @@ def test_a_projects_cap_holds_and_does_not_hold_others_up(session: Session) -> N
 
 @pytest.mark.parametrize("shared", ["project", "gpu"])
 def test_a_claim_waits_for_one_that_is_not_committed_yet(database: Database, shared: str) -> None:
-    """Both would be right by themselves; together they would exceed the project's cap, or share GPU 0."""
+    """Each alone would be right; together they would exceed the project's cap, or share GPU 0."""
     with db.transaction() as session:
         one = rows.project(session, max_running=1)
         for size, owner in ((2, one), (1, one if shared == "project" else rows.project(session))):
@@ -399,7 +399,7 @@ def test_a_returning_worker_reaps_its_own_slot_only(session: Session) -> None:
 
 
 def test_a_worker_of_the_previous_release_shows_its_devices_as_before(session: Session) -> None:
-    """It upserts and reads `slots`, which is a view of `devices` now."""
+    """It upserts and reads `slots`, which is now a view of `devices`."""
     shown = text(
         "INSERT INTO slots (id, host, device, memory_bytes, bf16) VALUES ('h/cpu', 'h', 'CPU', :memory, true) "
         "ON CONFLICT (id) DO UPDATE SET memory_bytes = excluded.memory_bytes, seen_at = clock_timestamp()"

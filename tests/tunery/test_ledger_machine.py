@@ -1,4 +1,4 @@
-"""Owners, workers and the sweeper at random, against a model of a few lines: the rows always agree with it."""
+"""Owners, workers and the sweeper act at random: the rows always agree with a model of a few lines."""
 
 from dataclasses import dataclass, field
 
@@ -25,19 +25,19 @@ SLOTS = ("host/0", "host/1", "host/2")
 
 @dataclass
 class Wanted:
-    """What a job's row should say."""
+    """The expected values of a job's row."""
 
     state: State = State.VALIDATING
     pause_requested: str | None = None
     failures: int = 0
     losses: int = 0
-    holder: leases.Lease | None = None  # whose words count
-    live: leases.Lease | None = None  # whose lease has not ended, though the job may have moved on
+    holder: leases.Lease | None = None  # whose writes are accepted
+    live: leases.Lease | None = None  # whose lease has not ended, although the job may have changed state
 
 
 @dataclass
 class Held:
-    """A lease that some worker believes to have."""
+    """A lease that some worker believes it holds."""
 
     lease: leases.Lease
     job: str
@@ -51,7 +51,7 @@ class World:
 
 
 class Machine(RuleBasedStateMachine):
-    """One transaction an example, rolled back at its end; the actions lock and flush as they always do."""
+    """Runs each example in one transaction, rolled back at its end; the actions lock and flush as they always do."""
 
     sessions: sessionmaker[Session]
 
@@ -60,7 +60,7 @@ class Machine(RuleBasedStateMachine):
         self.session = self.sessions()
         self.world = World()
         self.project = rows.project(self.session, max_running=CAP)
-        # Hypothesis leaves some rules out of each example, so that there must be something to do without them.
+        # Hypothesis leaves some rules out of each example, so there must be something to do without them.
         for _ in range(3):
             self.world.jobs[rows.job(self.session, self.project, State.QUEUED).id] = Wanted(State.QUEUED)
 
@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         action=st.sampled_from(["renew", "progress", "metrics", "snapshot", "finish", "fail", "park", "requeue"]),
     )
     def speak(self, data: st.DataObject, action: str) -> None:
-        """A worker's action. It may come late: then it must be refused and change nothing."""
+        """A worker acts. If it has lost its lease, the action must be refused and change nothing."""
         if not self.world.held:
             return
         held = data.draw(st.sampled_from(self.world.held))
@@ -199,7 +199,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def expire(self, data: st.DataObject) -> None:
-        """Silence of one worker, noticed by the sweeper."""
+        """One worker falls silent, and the sweeper notices."""
         silent = [wanted for wanted in self.world.jobs.values() if wanted.live is not None]
         if silent:
             wanted = data.draw(st.sampled_from(silent))

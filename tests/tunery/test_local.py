@@ -1,4 +1,4 @@
-"""The embedded servers: they start, keep their data, and go when we go, whichever way we go."""
+"""The embedded servers: they start, keep their data, and end with their parent, however it ends."""
 
 import os
 import signal
@@ -72,7 +72,7 @@ def test_stop_leaves_no_process_and_no_socket(server: Postgres) -> None:
 def test_a_start_that_was_cut_off_is_begun_again(server: Postgres) -> None:
     with server:
         data = server._data
-    data.rename(data.with_suffix(".part"))  # what an initdb that was killed leaves: never under the real name
+    data.rename(data.with_suffix(".part"))  # what a killed initdb leaves: it never has the final name
     with server:
         assert _write_and_count(server) == 1
 

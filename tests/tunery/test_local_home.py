@@ -1,4 +1,4 @@
-"""One stack a home: who has it, who is refused, and whom `tunery down` leaves alone."""
+"""One stack per home: who holds it, who is refused, and which processes `tunery down` leaves alone."""
 
 import fcntl
 import os

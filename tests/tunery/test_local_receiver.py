@@ -1,4 +1,4 @@
-"""The demo's webhook receiver takes what is signed right, and nothing else."""
+"""The demo's webhook receiver accepts only events with a valid, recent signature."""
 
 import base64
 import json

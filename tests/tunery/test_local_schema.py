@@ -25,7 +25,7 @@ def downgrade() -> None: ...
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the check reads."""
+    """A copy of the files that the check reads."""
     without = shutil.ignore_patterns("__pycache__")
     for name in ("tunery", "migrations"):
         shutil.copytree(paths.root() / name, tmp_path / name, ignore=without)
@@ -52,9 +52,9 @@ def test_a_migrations_file_is_named_after_its_date_and_revision() -> None:
         assert re.fullmatch(rf"\d{{4}}_\d\d_\d\d_{revision[1]}_\w+", path.stem), path.name
 
 
-@pytest.mark.slow  # three processes make every table
+@pytest.mark.slow  # three processes create all tables
 def test_services_that_start_together_upgrade_one_after_the_other(tmp_path: Path) -> None:
-    """An index that is made concurrently waits for statements of others: they must not be waiting for the upgrade."""
+    """CREATE INDEX CONCURRENTLY waits for other sessions' statements: these must not be waiting for the upgrade."""
     server = Postgres(tmp_path / "postgres", durable=False).start()
     try:
         upgrade = f"from tunery.local import schema; schema.upgrade({server.url()!r})"

@@ -1,4 +1,4 @@
-"""What ends `tunery up` and what does not, with real signals to this very process."""
+"""Which signals end `tunery up` and which do not, with real signals to this process."""
 
 import signal
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def test_each_is_a_ctrl_c_and_afterwards_what_it_was(number: signal.Signals) -> 
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
 def test_what_was_ignored_stays_so(ignored: signal.Signals) -> None:
-    """`nohup make up &` has SIGHUP ignored, a script's `make up &` SIGINT."""
+    """`nohup make up &` starts with SIGHUP ignored, and `make up &` in a script with SIGINT ignored."""
     signal.signal(ignored, signal.SIG_IGN)
     with ends_on_signals():
         signal.raise_signal(ignored)

@@ -1,4 +1,4 @@
-"""`tunery up` as people run it: a program of its own, stopped in every way there is, and what it leaves behind."""
+"""`tunery up` as users run it: in a process of its own, stopped in every way, and what it leaves behind."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from tunery.local.postgres import Postgres
 from tunery.local.restarts import MOST, WITHIN_SECONDS, Restarts
 
 TRACE = "STARTED_BY_TEST"
-"""Inherited by all that `tunery up` starts, the servers and the watchdog too."""
+"""A variable that every process started by `tunery up` inherits, the servers and the watchdog too."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Up:
         return self.log.read_text()
 
     def ctrl_c(self) -> int:
-        """As a terminal sends it: to the whole group."""
+        """Sends SIGINT to the whole process group, as a terminal does, and returns the exit status."""
         os.killpg(self.child.pid, signal.SIGINT)
         return self.child.wait(60)
 
@@ -98,7 +98,7 @@ def running(home: Path, **environment: str) -> Iterator[Up]:
 
 
 def _execute(url: str, statement: str) -> int:
-    """The number of rows that it was about."""
+    """Executes a statement and returns the number of its rows."""
     engine = db.make_engine(url)
     try:
         with engine.begin() as connection:
@@ -108,13 +108,13 @@ def _execute(url: str, statement: str) -> int:
 
 
 def _unpacks(home: Path) -> bool:
-    """Whether the base's row stands, so that a worker is at it."""
+    """Whether the base's row exists, so that a worker is converting the base."""
     found = state.running(home)
     return found is not None and _execute(found["database_url"], "SELECT id FROM models") == 1
 
 
 def _fail_base(home: Path) -> None:
-    """Ends the conversion, as the worker would have if not killed: the other tests need no model."""
+    """Ends the conversion with an error, as the killed worker would have done: the other tests need no model."""
     with Postgres(home / "postgres") as server:
         assert _execute(server.url(), "UPDATE models SET status = 'error'") == 1
 
@@ -155,7 +155,7 @@ def _health(home: Path) -> int | None:
 
 
 PARTS = ("-D", "valkey", "api.main:create_app", "worker.server", "train@%h", "io@%h", "tunery.local.watchdog")
-"""A word of the command of each child of `tunery up`."""
+"""For each child of `tunery up`, a word of its command."""
 
 
 def _child(up: Up, part: str) -> psutil.Process | None:

@@ -1,4 +1,4 @@
-"""What is often said of memory, computed, and as docs/memory.md has it."""
+"""Common rules of thumb about memory: docs/memory.md has the figures that our estimate computes for them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def of(technique: Technique) -> Setting:
 
 
 def state(technique: Technique) -> float:
-    """GB of weights, gradients and moments."""
+    """GB of weights, gradients and optimizer moments."""
     rest = peak.at_rest(of(technique))
     return (rest["base"] + rest["optimizer"] + of(technique).gradient_bytes) / 1e9
 

@@ -1,4 +1,4 @@
-"""The memory estimate beside recorded peaks of the trainer's own runs."""
+"""The memory estimate, compared with recorded peaks of the trainer's own runs."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from tunery.planning.expected import Load
 
 RECORDS = memory_errors.load()
 ABOVE, UNDER = 0.10, 0.05
-"""The most that an estimate may be above a measured peak, and under it."""
+"""How far an estimate may be above a measured peak, and under it."""
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["name"])
 def test_estimate_agrees_with_the_measured_peak(record: dict[str, Any]) -> None:
-    """A record that is missed says by how much, and why: it may be missed no more than that, and no less."""
+    """A record outside these bounds states its error, which must still hold, and the reason."""
     error = memory_errors.error(record)
     if record["missed"] is not None:
         assert error == pytest.approx(record["missed"]["error"], abs=0.01)
@@ -26,7 +26,7 @@ def test_estimate_agrees_with_the_measured_peak(record: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["name"])
 def test_bound_is_under_the_measured_peak(record: dict[str, Any]) -> None:
-    """What ran is never refused: with the shortest rows the least is no more than what was measured."""
+    """What ran is never refused: the bound, which is for the shortest rows, is at most the measured peak."""
     assert memory_errors.bound(record) <= record["measured"]
 
 
@@ -47,7 +47,7 @@ def test_records_are_of_every_kind() -> None:
 
 
 def test_constants_fitted_on_half_hold_on_the_other() -> None:
-    """Those that are used are the fitted ones, to what 1 % of a peak is."""
+    """The constants in use are the fitted ones, to within 1 % of a peak."""
     half = RECORDS[0::2]
     assert abs(memory_errors.fit(half, "cuda") - memory_errors.peak.WORKSPACE) <= 8 * memory_errors.MIB
     assert abs(memory_errors.fit(half, "cpu") - memory_errors.PROCESS_BYTES["cpu"]) <= 24 * memory_errors.MB
@@ -69,7 +69,7 @@ PLANS = [
 
 @pytest.mark.parametrize(("name", "longest", "step", "recompute", "graphs"), PLANS, ids=[each[0] for each in PLANS])
 def test_plan_is_the_one_that_the_run_took(name: str, longest: int, step: int, recompute: bool, graphs: bool) -> None:
-    """As its file says: all rows of a step at once on an H200, by what its trainer measured there."""
+    """The record's file says which: all rows of a step at once on an H200, by what its trainer measured there."""
     [record] = [record for record in RECORDS if record["name"] == name]
     found = expected.plan(memory_errors.setting(record), Load(longest, step), int(139.8 * 2**30))
     assert found is not None

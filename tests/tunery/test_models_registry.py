@@ -1,4 +1,4 @@
-"""Names of models: one set of names in two tables, given once."""
+"""Names of models: each is given once, across the tables of models and of aliases."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ def _as_alias(session: Session) -> object:
 
 
 def _one_after_the_other(first: Callable[[Session], object], second: Callable[[Session], object]) -> None:
-    """The second action begins while the first is not committed, has to wait for it, and then goes its way."""
+    """Starts the second action before the first is committed: it must wait for it, and then proceeds."""
 
     def go() -> object:
         with db.transaction() as session:

@@ -1,4 +1,4 @@
-"""Pages of every list that has a cursor go on in the same way."""
+"""Every list that has a cursor continues in the same way."""
 
 from collections.abc import Callable
 from datetime import timedelta

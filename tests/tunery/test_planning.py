@@ -41,7 +41,7 @@ def test_answers_may_be_a_quarter_longer_than_those_wanted(longest: int, limit: 
     by_hand = spec(evaluation={"max_new_tokens": 7})
 
     assert made.evaluation.max_new_tokens == limit
-    assert plan().evaluation.max_new_tokens == "auto"  # no rows that are answered
+    assert plan().evaluation.max_new_tokens == "auto"  # no rows to answer
     given = advice.resolve(by_hand, examples=9, model_info=LLAMA_8B, bf16_fits=True, longest_answer=longest)
     assert given.evaluation.max_new_tokens == 7
 
@@ -112,7 +112,7 @@ def test_what_was_asked_for_stays() -> None:
 
 
 def test_a_multiplier_is_echoed_as_it_was_asked_for() -> None:
-    """1.8 times a rate over that rate is 1.7999999999999998."""
+    """1.8 times a rate, divided by that rate, is 1.7999999999999998."""
     for asked in (1.8, 0.1, 3.3):
         assert plan(hyperparameters=Hyperparameters(learning_rate_multiplier=asked)).learning_rate_multiplier == asked
 
@@ -209,7 +209,7 @@ def test_whole_estimates_of_an_8b_model() -> None:
     assert whole(Qlora()) == pytest.approx(7.96, abs=0.05)
     assert whole(Lora()) == pytest.approx(18.21, abs=0.05)
     assert whole(Full()) == pytest.approx(49.13, abs=0.05)
-    # Of it 2,048 x 81,920 x 4 bytes = 0.67 GB: the inputs and outputs of one layer in fp32.
+    # 2,048 x 81,920 x 4 bytes = 0.67 GB of it are the inputs and outputs of one layer in fp32.
     assert whole(Lora(use_dora=True)) - whole(Lora()) == pytest.approx(2.53, abs=0.05)
 
 
@@ -219,7 +219,7 @@ def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:
         return memory.estimate(LLAMA_8B, technique, max_seq_length=512, **options).parts["optimizer"]
 
     assert moments(Lora(), "adamw") == 8 * 41_943_040
-    scales = 4 / 256  # bytes a moment
+    scales = 4 / 256  # bytes per moment
     assert moments(Lora(), "adamw_8bit") == moments(Lora(), "paged_adamw_8bit") == 2 * (1 + scales) * 41_943_040
     assert moments(Full(), "adamw") == moments(Full(), "adamw_8bit") == 2 * (1 + scales) * 8_030_261_248
     wide = Full(weights_dtype="float32")
@@ -346,7 +346,7 @@ def test_pieces_have_a_share_of_weights_gradients_and_moments() -> None:
     vocabulary = 2 * 2 * 32_000 * 5120
     for part in ("base", "optimizer"):
         assert half[part] * 2 == whole[part]
-    assert half["gradients"] == whole["gradients"] / 2 + vocabulary / 2  # that of the embedding and head is whole
+    assert half["gradients"] == whole["gradients"] / 2 + vocabulary / 2  # embedding and head are not sharded
     assert half["activations"] == whole["activations"]
     assert half["gathered"] == vocabulary + (2 * 13_015_864_320 - vocabulary) // 40
 
@@ -385,7 +385,7 @@ def test_what_does_not_fit_in_pieces_either_is_refused() -> None:
 
 
 def test_more_gpus_are_named_where_the_host_has_them() -> None:
-    """The fewest that hold the model in pieces, with what each then needs; none that the host does not have."""
+    """The fewest that hold the sharded model, with what each then needs, but never more than the host has."""
     asked: dict[str, Any] = {"max_seq_length": 512, "capacity": 40 * 10**9, "model": "m"}
     each = memory.estimate(THIRTEEN_B, Full(), max_seq_length=512, ranks=4).bytes
 

@@ -1,4 +1,4 @@
-"""Whether to fine-tune and how: a row for every rule and edge, with numbers that were worked out by hand."""
+"""Whether to fine-tune and how: a case for every rule and boundary, with numbers that were worked out by hand."""
 
 import re
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_every_rule_is_in_the_docs() -> None:
 
 
 def test_rows_count_and_not_lines() -> None:
-    """1,200 lines of which 1,101 say the same as another one are 99 rows."""
+    """1,200 lines, of which 1,101 are not usable, count as 99 rows."""
     made = advise(rows(99, 1200, exact_duplicate=1000, near_duplicate=50, refusal=30, pii=11, mislabelled=10), "style")
     assert made.recommendation == "prompt"
     said = {reason.rule: reason.text for reason in made.reasons}["rows_that_do_not_count"]
@@ -131,7 +131,7 @@ def test_rank(usable: int, aim: Aim, rank: int, rule: str) -> None:
 @pytest.mark.parametrize(
     ("aim", "tokens", "rank"),
     [
-        # Each rank is 2,621,440 parameters of Llama 3 8B.
+        # Each unit of rank is 2,621,440 parameters for Llama 3 8B.
         ("latency", 41_944, 16),
         ("latency", 41_943, 8),
         ("latency", 1, 4),
@@ -184,7 +184,7 @@ def test_numbers_are_those_that_a_job_would_get(usable: int, technique: Techniqu
 
 
 def test_rows_that_are_held_out_are_not_trained_on() -> None:
-    """Of 34 rows 11 are held out: 23 are seen 100 // 23 = 4 times, 34 three times."""
+    """Of 34 rows 11 are held out: 23 are trained for 100 // 23 = 4 epochs, all 34 for three."""
     assert values(advise(rows(34), "style"))["n_epochs"] == 4
     assert values(advise(rows(34), "style", has_held_out=True))["n_epochs"] == 3
     assert "held_out.share" not in values(advise(rows(34), "style", has_held_out=True))
@@ -284,8 +284,8 @@ def test_capacity_is_part_of_the_advice() -> None:
         (5000, Lora(r=8, alpha=16), None),
         (5000, Lora(r=16, alpha=64), None),
         (5000, Qlora(r=16, alpha=65), "alpha 65 is outside"),
-        (5000, Lora(r=64, alpha=32), None),  # ours, whatever the rank
-        (5000, Lora(r=64, alpha=16, use_rslora=True), None),  # another scale
+        (5000, Lora(r=64, alpha=32), None),  # our default, whatever the rank
+        (5000, Lora(r=64, alpha=16, use_rslora=True), None),  # rsLoRA scales differently
     ],
 )
 def test_rank_and_alpha(examples: int, technique: Technique, start: str | None) -> None:

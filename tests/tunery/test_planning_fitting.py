@@ -1,4 +1,4 @@
-"""Which cards hold a run, and what the trainer would do on a device of some size."""
+"""Which cards hold a run, and what the trainer would plan on a device of a given size."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def run(
         (Qlora(), 139.8, 16_384, False),  # all eight rows
         (Qlora(), 44.4, 8_192, False),  # four of them
         (Qlora(), 15.0, 2_048, False),
-        (Qlora(), 14.0, 14_336, True),  # 2,048 tokens do not fit beside all that layers keep
+        (Qlora(), 14.0, 14_336, True),  # without recomputation, not even 2,048 tokens fit
         (Qlora(), 8.5, 2_048, True),
         (Lora(), 139.8, 16_384, False),
         (Lora(), 18.2, 4_096, True),
@@ -48,7 +48,7 @@ def test_what_no_plan_is_found_for_is_none() -> None:
 
 
 def test_small_models_are_recorded_and_their_files_compared() -> None:
-    """Both cost memory: gradients that stay, and a second model."""
+    """Both cost memory: recorded graphs keep the gradients, and the comparison loads a second model."""
     model_info = LLAMA_8B | {"params": 1_000_000_000, "num_hidden_layers": 4}
     whole = expected.plan(Setting.of(model_info, Full(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
     large = expected.plan(Setting.of(LLAMA_8B, Lora(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
@@ -78,7 +78,7 @@ def test_every_known_card_has_a_verdict_and_a_way_out() -> None:
 
 
 def test_a_card_between_the_least_and_a_plan_is_left_to_the_probe() -> None:
-    """The longest rows whose least an L40S has."""
+    """The rows are the longest whose minimum memory an L40S has."""
     l40s = next(card for card in CARDS if card.name == "L40S")
     lengths = range(8192, 400_000, 8192)
     least = {length: memory.estimate(LLAMA_8B, Lora(), max_seq_length=length).bytes for length in lengths}

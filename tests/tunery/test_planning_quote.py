@@ -1,4 +1,4 @@
-"""What a run is quoted: its work counted, the speed of runs like it or of a card, and a range."""
+"""The quote of a run: its work, the speed of similar runs or of a card, and a range."""
 
 import json
 from dataclasses import replace
@@ -49,7 +49,7 @@ ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_ro
     [
         ({}, "cuda", {"steps": 9, "tokens": 3000, "valid_tokens": 600, "answers": 12, "checkpoints": 3}),
         ({"n_epochs": 1, "batch_size": 10}, "cuda", {"steps": 1, "tokens": 1000, "valid_tokens": 200}),
-        ({"evaluation": {"every_steps": 4}}, "cuda", {"valid_tokens": 3 * 200}),  # after 4, 8 and the last
+        ({"evaluation": {"every_steps": 4}}, "cuda", {"valid_tokens": 3 * 200}),  # after steps 4, 8 and the last
         ({"evaluation": {"task_rows": 5}}, "cuda", {"answers": 12 + 3 * 5}),
         ({"evaluation": {"max_rows": 2}}, "cuda", {"answers": 4}),
         ({"technique": Qlora(), "evaluation": {"unquantised": True}}, "cuda", {"answers": 24}),
@@ -101,7 +101,7 @@ def make_work(technique: Technique | None = None, model_info: dict[str, Any] = T
 
 
 def make_record(job: str = "ftjob-1", *, work: Workload | None = None, **changes: Any) -> Record:
-    """100 steps at 0.1 s and 1 ms a token: 20 s of steps, the first of which took 5 s more."""
+    """Makes a record of 100 steps at 0.1 s plus 1 ms per token: 20 s in all, and 5 s more for the first step."""
     times = StepTimes()
     for step in range(99):
         tokens = 50 + step
@@ -132,7 +132,7 @@ def test_a_runs_parts_are_told_apart() -> None:
 
 
 def test_a_scorecards_time_is_none_of_saving() -> None:
-    """The run has 2 s that nothing but its saving and its scorecard took, of which scores are 1.5 s."""
+    """Saving and the scorecard took 2 s of the run, of which the scores were 1.5 s."""
     took = make_record()
     spent = {**took.spent, "scores": Spent(seconds=1.5, units=2)}
     found = speed.of_record(replace(took, spent=spent, work=replace(took.work, scored=True)))
@@ -144,7 +144,7 @@ def test_a_scorecards_time_is_none_of_saving() -> None:
 
 
 def test_the_reference_of_preference_tuning_is_measured_by_its_tokens() -> None:
-    """300 tokens took 3 s: 1,000 of them take 10 s before the first step."""
+    """300 tokens took 3 s, so 1,000 take 10 s, before the first step."""
     took = make_record()
     spent = {**took.spent, "reference": Spent(seconds=3, units=300)}
     found = speed.of_record(replace(took, spent=spent, trainer_seconds=took.trainer_seconds + 3))
@@ -159,9 +159,9 @@ def test_the_reference_of_preference_tuning_is_measured_by_its_tokens() -> None:
     [
         ("start", {"rows": Spent(seconds=2, units=1000)}, {"row_tokens": 3000}, 2 / 1000 * 3000),
         ("start", {"rows": Spent(seconds=0, units=0)}, {"row_tokens": 3000}, speed._ROW_TOKEN * 3000),  # were prepared
-        ("start", {}, {"row_tokens": 3000}, 0),  # an earlier release: within its preparation
+        ("start", {}, {"row_tokens": 3000}, 0),  # an earlier release: part of the preparation
         ("start", {"replay": Spent(seconds=4, units=10)}, {"replay_answers": 40}, 4 / 10 * 40),
-        ("start", {}, {"replay_answers": 40}, 6.4 / 10 * 40),  # like the answers of a scorecard
+        ("start", {}, {"replay_answers": 40}, 6.4 / 10 * 40),  # at the speed of a scorecard's answers
         ("evaluation", {"pairs": Spent(seconds=5, units=500)}, {"pair_tokens": 2000}, 5 / 500 * 2000),
         ("evaluation", {}, {"pair_tokens": 2000}, 0.001 / 2 * 2000),  # a forward pass
         ("export", {"exports": Spent(seconds=12, units=1)}, {"exports": 6}, 12 / 3 * 6),
@@ -221,7 +221,7 @@ def test_other_bases_and_techniques_are_scaled() -> None:
         (Qlora(), "supervised", "CPU", "other_technique", 1.1),
         (Qlora(), "dpo", "CPU", "other_technique", 1.1),
         (Lora(use_dora=True), "supervised", "CPU", "other_technique", 1.4),
-        (Full(), "supervised", "CPU", "other_technique", 1.5),  # six operations a weight instead of four
+        (Full(), "supervised", "CPU", "other_technique", 1.5),  # six operations per weight instead of four
         (Qlora(), "supervised", "NVIDIA H200", "other_technique", 0.52 / 0.51),
         (Lora(precision="fp8"), "supervised", "NVIDIA H200", "other_technique", 1 / 1.4),
         (Full(), "supervised", "NVIDIA H200", "other_technique", 1.5),
@@ -233,13 +233,13 @@ def test_techniques_and_methods_are_scaled_by_a_stated_rule(
     of_run, plain = speed.of_record(make_record()), make_work()
     found = speed.scaled(of_run, plain, make_work(technique, method=method), device)
     assert (found.basis, found.token / of_run.token) == (basis, pytest.approx(token))
-    assert found.valid_token == of_run.valid_token  # a forward pass is that of the base
+    assert found.valid_token == of_run.valid_token  # a forward pass depends on the base alone
     back = speed.scaled(found, make_work(technique, method=method), plain, device)
     assert back.token == pytest.approx(of_run.token)
 
 
 def test_the_rule_repeats_what_was_recorded_on_a_cpu() -> None:
-    """The middle of three rounds, to 15 %."""
+    """The recorded figures are medians of three rounds; the rule may differ by 15 %."""
     recorded = json.loads((RECORDS / "technique_costs_cpu.json").read_text())["ratios"]
     plain, of_run = make_work(), speed.of_record(make_record())
     works = {
@@ -306,7 +306,7 @@ def _recorded(name: str) -> list[dict[str, Any]]:
 
 
 def _speed_of(technique: Technique, model_info: dict[str, Any], tokens: int, *, recompute: bool = False) -> float:
-    """Tokens a second of steps of so many tokens on an H200."""
+    """Tokens per second on an H200, in steps of `tokens` tokens."""
     card = cards.find("NVIDIA H200")
     assert card is not None
     learns = 41_943_040 if isinstance(technique, Lora) else model_info["params"]
@@ -369,7 +369,7 @@ def test_twice_the_work_takes_twice_the_steps() -> None:
 def test_several_runs_widen_the_range_to_all_of_them() -> None:
     runs = [make_record(f"{n}", around=around) for n, around in enumerate((4, 10, 40))]
     found = make_quote(make_work(), "CPU", *runs)
-    assert found.parts["start"] == 18  # the middle one
+    assert found.parts["start"] == 18  # the median
     assert found.seconds.high >= 48 * 1.2
     assert found.measured == ["0", "1", "2"]
 

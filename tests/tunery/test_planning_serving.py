@@ -1,4 +1,4 @@
-"""What answers should cost, by what a card reads and multiplies."""
+"""The expected cost of answers, from a card's memory bandwidth and FLOPS."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def test_a_merged_model_is_faster_and_many_adapters_share_one_base() -> None:
     assert found.adapter is not None
     assert found.many_adapters is not None
     assert found.merged.tokens_per_second.expected > found.adapter.tokens_per_second.expected
-    assert (found.models, found.many_adapters.gpus, found.many_merged.gpus) == (20, 1, 2)  # 9 of 13.5 GB fit
+    assert (found.models, found.many_adapters.gpus, found.many_merged.gpus) == (20, 1, 2)  # 10 of 13.5 GB fit on each
     assert found.many_adapters.price_per_million_tokens is not None
     assert found.many_merged.price_per_million_tokens is not None
     ratio = found.many_merged.price_per_million_tokens.expected / found.many_adapters.price_per_million_tokens.expected

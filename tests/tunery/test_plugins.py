@@ -1,4 +1,4 @@
-"""Plug-ins: what an operator names is imported, the part of each kind of process by that kind alone."""
+"""Plug-ins: what an operator names is imported, and each kind of process imports only its own part."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tunery.settings import Settings
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to import from, of which nothing stays imported."""
+    """A folder on the import path. Modules imported from it are removed after the test."""
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path

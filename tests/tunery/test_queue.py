@@ -1,4 +1,4 @@
-"""Which job a slot gets: by the memory of its devices, past what is locked, and in the end the large ones too."""
+"""Which job a slot gets: by the memory of its devices, skipping locked jobs, and in the end the large ones too."""
 
 import pytest
 import rows
@@ -29,7 +29,7 @@ def claim(session: Session, devices: Devices, *, host: str = "host", busy: tuple
 
 @pytest.fixture
 def aged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every job has waited for long."""
+    """Makes every job one that has waited for long."""
     monkeypatch.setattr(queue, "AGED", -queue.AGED)
 
 

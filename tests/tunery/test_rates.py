@@ -1,4 +1,4 @@
-"""Rates of a project: token buckets that all processes share."""
+"""Rate limits of a project: token buckets that all processes share."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +27,7 @@ def test_a_bucket_without_limit_is_never_empty_and_one_of_nothing_never_full() -
 
 
 def later(database: Database, seconds: float) -> None:
-    """Lets time pass for every bucket."""
+    """Moves the time of every bucket `seconds` into the past."""
     with database.sessions.begin() as session:
         session.execute(update(RequestRate).values(at=RequestRate.at - func.make_interval(0, 0, 0, 0, 0, 0, seconds)))
 
@@ -61,7 +61,7 @@ def test_tokens_are_settled_by_what_was_used(database: Database, project_id: str
     assert take(database, project_id, 20).tokens.left == pytest.approx(70, abs=2)
     with database.sessions.begin() as session:
         rates.charge_used(session, database.settings, project_id, charged=20, used=220)
-    with pytest.raises(RateLimited, match="tokens per minute"):  # an answer that was longer is owed
+    with pytest.raises(RateLimited, match="tokens per minute"):  # a longer answer leaves a debt
         take(database, project_id, 1)
 
 

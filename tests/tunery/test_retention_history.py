@@ -1,4 +1,4 @@
-"""Records of ended jobs go when they are older than their setting, and nothing else does."""
+"""Records of ended jobs are removed once they are older than the setting for them; nothing else is."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ def storage(settings: Settings, tmp_path: Path) -> Storage:
 
 
 def _job(session: Session, storage: Storage, owner: Project, state: State, days: int, metrics: int = 5) -> Job:
-    """A job that ended `days` ago, with a warning, metrics and a log."""
+    """Makes a job that ended `days` ago, with a warning, metrics and a log."""
     job = rows.job(session, owner, state)
     ledger.note(session, job.id, "a warning", level="warn")
     ledger.note(session, job.id, "Step 1/2", type="metrics")
@@ -40,7 +40,7 @@ def _job(session: Session, storage: Storage, owner: Project, state: State, days:
 
 
 def _left(database: Database, storage: Storage, job: Job) -> tuple[list[str], int, int]:
-    """Events' texts, the number of metrics and that of the log's parts."""
+    """The texts of the events, the number of metrics and the number of the log's parts."""
     with database.sessions.begin() as session:
         events = select(JobEvent.message).where(JobEvent.job_id == job.id).order_by(JobEvent.seq)
         metrics = session.scalar(select(func.count()).where(Metric.job_id == job.id))

@@ -1,4 +1,4 @@
-"""A deleted model's bytes go once nothing points at them, and not before."""
+"""A deleted model's objects are removed once nothing refers to them, and not before."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def storage(request: pytest.FixtureRequest) -> Storage:
 
 @pytest.fixture
 def delete(database: Database) -> Delete:
-    """Deletes a model as a user does; `long_ago` lets the grace pass."""
+    """Deletes a model as a user does. `long_ago`: whether the grace period is over."""
 
     def delete(model: Model, *, long_ago: bool = True) -> None:
         with database.sessions.begin() as session:
@@ -43,7 +43,7 @@ def delete(database: Database) -> Delete:
 
 
 def _tuned(database: Database, storage: Storage) -> tuple[Model, Model, Project]:
-    """A base, what a job tuned from it, and their project; both with objects."""
+    """Makes a base, a model tuned from it, and their project; both models have objects in storage."""
     with database.sessions.begin() as session:
         owner = rows.project(session)
         base = rows.base(session)

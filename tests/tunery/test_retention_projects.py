@@ -1,4 +1,4 @@
-"""Erasing a project leaves nothing of it, and everything of the others."""
+"""Erasing a project removes everything of it, and nothing of other projects."""
 
 from datetime import timedelta
 
@@ -37,7 +37,7 @@ def storage(request: pytest.FixtureRequest) -> Storage:
 
 
 def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> str:
-    """A project with a row in every table that can have one of it, and the objects that these name. Its id."""
+    """Makes a project with a row in every table that can have one, and the objects that these name. Returns its id."""
     with database.sessions.begin() as session:
         owner = rows.project(session, name)
         auth.create_key(session, owner, "key")
@@ -90,7 +90,7 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
 
 
 def _counts(database: Database) -> dict[str, int]:
-    """Rows by table, bases left out: the jobs' factory adds one for each job."""
+    """The number of rows in each table, without bases: the jobs' factory adds one for each job."""
     with database.sessions.begin() as session:
         counts = {
             name: session.scalar(select(func.count()).select_from(table)) or 0
@@ -115,7 +115,7 @@ def test_erasing_takes_all_of_one_project_and_nothing_of_another(database: Datab
     project_id = _furnish(database, storage, "doomed", base)
     with database.sessions.begin() as session:
         counts = erasure.contents(session, project_id)
-        # In every table of its own but for attempts, it has a row: a forgotten one would be seen below.
+        # It has a row in each table of its own except attempts, so that a forgotten table is noticed below.
         assert {table.__tablename__ for table in erasure._owned("")} - set(counts) == {"attempts"}
         erasure.check_storage(session, storage, project_id)
         erasure.close(session, erasure.find(session, "doomed"))

@@ -1,4 +1,4 @@
-"""Rows that are rendered together teach what each teaches alone."""
+"""Rows that are rendered together are encoded as each is alone."""
 
 import json
 import sys
@@ -72,7 +72,7 @@ def test_a_fault_of_one_row_is_no_other_rows() -> None:
 
 
 def test_texts_of_rows_that_are_gone_are_no_other_rows() -> None:
-    """The identity of a list is free again once it is gone."""
+    """The id() of a list is reused once the list is gone, so texts rendered ahead keep it alive."""
     messages = Example.model_validate(chat("why?")).messages
     before = sys.getrefcount(messages)
     ahead = template(CHATML).render_ahead([Example.model_construct(messages=messages)])
@@ -86,7 +86,7 @@ def test_no_row_renders_again_what_was_rendered_ahead(
     encoder: RowEncoder, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = template(CHATML)
-    together(made, spelled(rows), encoder)  # the shapes' own trials are over
+    together(made, spelled(rows), encoder)  # so that the trials of these shapes are over
     sizes: list[int] = []
     plain = sandbox._render
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Columns that their owner names, and plain text: what is learned of rows that no name of a column explains."""
+"""Rows whose column names say nothing: columns that their owner names, and plain text. What is learned of them."""
 
 import csv
 import gzip
@@ -142,7 +142,7 @@ def test_plain_text_is_learned_whole_and_ends(tmp_path: Path, source: str, bos: 
     written = template.tokenizer.decode(row.input_ids, skip_special_tokens=False)
     assert written == ("<s>" if bos else "") + text + "</s>"
     ends = [id for id in row.input_ids if id in template.eos_ids]
-    assert ends == [template.tokenizer.token_to_id("</s>")]  # what the text spells stays text
+    assert ends == [template.tokenizer.token_to_id("</s>")]  # a special token in the text stays text
 
 
 def test_plain_text_is_no_test_row_and_no_pair() -> None:

@@ -87,7 +87,7 @@ LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
         "call beside content": [[f"One moment.\n{_ONE_CALL}<|im_end|>"]],
         "thinking": _NO_THINKING,
     },
-    # Thinking, an empty block too, is in the last turn alone, so that each answer has a row of its own.
+    # Only the last turn has a thinking block, even an empty one, so each answer has its own row.
     "qwen3": {
         "plain": [["<think>\n\n</think>\n\nParis.<|im_end|>"]],
         "system": [["<think>\n\n</think>\n\nParis.<|im_end|>"]],
@@ -139,7 +139,7 @@ LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
         "call": "rejects the messages: Conversation roles must alternate user/assistant/user/assistant/...",
         "thinking": _NO_THINKING,
     },
-    # The text of a whole conversation ends in the EOS, which turns in its middle do not have.
+    # The text of a whole conversation ends with EOS, which earlier turns do not have.
     "phi3": {
         "plain": [["Paris.<|end|><|endoftext|>"]],
         "system": [["Paris.<|end|><|endoftext|>"]],
@@ -151,7 +151,7 @@ LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
         "'tool_calls[0].function.name' of message 2 and 'content' of message 3 would be lost.",
         "thinking": _NO_THINKING,
     },
-    # System message and tools stand before the last question, so that earlier turns are in other texts.
+    # System message and tools are before the last question, so the texts of earlier turns differ.
     "mistral_v3": {
         "plain": [[" Paris.</s>"]],
         "system": [[" Paris.</s>"]],
@@ -222,12 +222,12 @@ def test_the_prompt_of_chat_begins_the_last_sequence(name: str, kind: str) -> No
 
 
 PACKAGES = {"llama3_1": "llama3_1", "qwen2_5": "qwen3", "qwen3": "qwen3", "gemma3": "gemma3", "mistral_v3": "llama2"}
-"""Families whose own tokenizer a package has. Mistral's marks are plain text to that of Llama 2."""
+"""Families whose tokenizer a package has. To that of Llama 2, the markers of Mistral are plain text."""
 
 
 def spoken(rows: list[list[str]]) -> list[str]:
-    """The texts alone: where marks are plain text, an answer may have a row of its own. Decoders of SentencePiece leave
-    out a first blank."""
+    """The texts alone, as an answer may have its own row where markers are plain text. SentencePiece decoders drop a
+    leading space."""
     return [text.lstrip() for row in rows for text in row]
 
 
@@ -249,7 +249,7 @@ def test_a_familys_own_tokenizer_learns_the_same(name: str) -> None:
         for row in template.encode_all(ROWS[kind], 100_000):
             marked = Marked(row.input_ids, row.labels, 100_000)
             assert [check for check, passes in SEQUENCE_CHECKS.items() if not passes(template, marked)] == [], kind
-    if PACKAGES[name] == name:  # with the template that its users train by
+    if PACKAGES[name] == name:  # with the template of the package, which its users train with
         assert learned(ChatTemplate.load(folder), ROWS["turns"]) == LEARNED[name]["turns"]
         assert learned(template, ROWS["turns"]) == LEARNED[name]["turns"]
 

@@ -1,4 +1,4 @@
-"""A field that is accepted leaves a trace in the text: a template that shows all but one refuses that one."""
+"""Every accepted field appears in the text: a template that shows all fields but one refuses rows with that one."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ ALL = (
     )
     + ASKS
 )
-"""Shows every field there is."""
+"""A template that shows every field."""
 
 USER = {"role": "user", "content": "q"}
 CALL = {
@@ -138,7 +138,7 @@ def test_a_field_that_the_template_does_not_show_is_refused(case: str) -> None:
     source, example, lost = CASES[case]
 
     template_of(ALL).encode_all(example, 10_000)
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # the second time from the cache
         with pytest.raises(CannotRender) as caught:
             template_of(source).encode_all(example, 10_000)
         assert f"does not render {lost} would be lost. " in caught.value.message

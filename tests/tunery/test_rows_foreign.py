@@ -1,4 +1,4 @@
-"""Files load as other programs and their guides give them. `datasets` 5.2.0 wrote those that have its name."""
+"""Files of other programs and their guides load as they are. `datasets` 5.2.0 wrote those that have its name."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Hostile files cost a bounded time and memory, and are refused with their place."""
+"""Hostile files cost bounded time and memory, and the refusal names the place."""
 
 import json
 import subprocess

@@ -201,7 +201,7 @@ def test_memory_does_not_grow_with_the_file() -> None:
         tracemalloc.stop()
 
     assert rows == 200 * 64
-    # A tenth of the file, not a few chunks: the peak counts what other threads of the process allocate meanwhile.
+    # A tenth of the file, not a few chunks: the peak includes what other threads allocate meanwhile.
     assert peak < 200 * len(chunk) / 10
 
 

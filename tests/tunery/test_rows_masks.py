@@ -1,4 +1,4 @@
-"""Which tokens `loss_on` teaches, against transformers' own rendering of the same rows."""
+"""Which tokens `loss_on` trains, compared with transformers' own rendering of the same rows."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ TURNS = [
     {"role": "assistant", "content": "Rome."},
 ]
 IN_ONE = sorted(SHAPES.keys() - {"qwen3"})
-"""Templates that write an earlier answer as they write the last one."""
+"""Templates that render earlier answers in the same way as the last one."""
 
 
 def labels(template: ChatTemplate, turns: list[dict[str, Any]], loss_on: LossOn) -> list[tuple[list[int], list[int]]]:
@@ -37,7 +37,7 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ChatTemplate, 
 
 
 def text_between(theirs: Any, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
-    """What transformers' rendering says an answer is, up to its end of turn."""
+    """The text of an answer in transformers' rendering, up to its end of turn."""
     prompt = theirs.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
     return str(theirs.apply_chat_template(after, tokenize=False)).rstrip().removeprefix(prompt)
 

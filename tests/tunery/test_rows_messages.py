@@ -1,4 +1,4 @@
-"""Lines of training files: what is taken, and in which words the rest is refused."""
+"""Lines of training files: what is accepted, and with which messages the rest is refused."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Preference rows: every shape becomes the prompt and the two answers that it means, or is refused by name."""
+"""Preference rows: every shape is read as the prompt and the two answers that it means, or refused by name."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Our rendering against transformers' apply_chat_template: the same templates must say the same to both."""
+"""Our rendering, compared with transformers' apply_chat_template: the same templates must give the same text."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ CASES = [
     and (name != "thinking" or shape == "qwen3")
     and (name != "system" or shape != "mistral")
 ]
-"""What each template can write."""
+"""The conversations that each template can render."""
 
 
 def as_ours(message: dict[str, Any]) -> Message:
@@ -91,7 +91,7 @@ TREE = Path(__file__).parents[2]
 
 
 def test_rows_have_the_ids_of_transformers_but_where_a_token_straddles(tmp_path: Path) -> None:
-    """Every twentieth public row of the examples, and rows whose answers begin with blanks."""
+    """Compares every twentieth public row of the examples, and rows whose answers begin with blanks."""
     folder = model_folder(tmp_path, SHAPES["chatml"], blanks_together())
     template, theirs = ChatTemplate.load(folder), AutoTokenizer.from_pretrained(folder)
     counts = {"equal": 0, "straddling": 0}

@@ -1,4 +1,4 @@
-"""Rows of a large file, which several processes prepare, are what one process makes of them, in the file's order."""
+"""Several processes prepare the rows of a large file as one process would, in the file's order."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def template(source: str = CHATML) -> ChatTemplate:
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes from the sixth row on, four rows at a time."""
+    """Uses two processes from the sixth row on, four rows at a time."""
     monkeypatch.setattr(bulk, "PROCESSES_FROM", 5)
     monkeypatch.setattr(preparers, "COUNT", 2)
     monkeypatch.setattr(preparers, "ROWS", 4)
@@ -125,7 +125,7 @@ def test_processes_end_with_their_reader_and_read_little_ahead() -> None:
     def chunks() -> Iterator[bytes]:
         for number, row in enumerate(ROWS * 5):
             given.append(number)
-            yield spelled([{**row, "id": "7" * 5000}])  # the first 64 KiB say the format
+            yield spelled([{**row, "id": "7" * 5000}])  # the format is found from the first 64 KiB
 
     before = {child.pid for child in psutil.Process().children()}
     with closing(bulk.digest_rows(chunks(), Reading("training", CHATS, template(), 90), pids)) as parts:
@@ -146,7 +146,7 @@ def test_columns_that_only_later_rows_have_are_described() -> None:
 
 
 def summaries(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
-    """Of one process, and of several; with the reasons of shared rows, or the words in which they are refused."""
+    """The summaries of one process and of two, with the reasons of shared rows; or the messages of the refusals."""
     found = []
     for count in (1, 2):
         monkeypatch.setattr(preparers, "COUNT", count)

@@ -152,7 +152,7 @@ def marked(template: ChatTemplate) -> Marked:
 
 
 def test_end_that_is_masked_as_padding_fails(load: Load) -> None:
-    """What labels by the pad token's id come to where the pad token is the end of a turn."""
+    """Masking labels by the pad token's id also masks the ends of turns where the pad token ends a turn."""
     template = load(CHATML)
     good = marked(template)
     [pad] = template.eos_ids - {template.tokenizer.token_to_id("</s>")}

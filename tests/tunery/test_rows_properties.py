@@ -1,4 +1,4 @@
-"""What holds of every reader, whatever the bytes: rows come through, line numbers agree, nothing crashes."""
+"""Properties of every reader, for any bytes: rows are preserved, line numbers agree, nothing crashes."""
 
 import csv
 import gzip
@@ -50,7 +50,7 @@ CHATS = st.lists(CHAT, min_size=1, max_size=4)
 def as_table(rows: list[Row], separator: str) -> bytes:
     made = io.StringIO(newline="")
     writer = csv.writer(made, delimiter=separator, lineterminator="\n")
-    writer.writerow(["messages", "source"])  # of one column alone nobody could tell that it is a table
+    writer.writerow(["messages", "source"])  # a table of one column cannot be recognised
     writer.writerows([json.dumps(row["messages"]), "made"] for row in rows)
     return made.getvalue().encode()
 
@@ -97,7 +97,7 @@ def test_a_chat_means_the_same_in_every_format(rows: list[Row], packed: Callable
 @QUICK
 @given(st.lists(ENDS, min_size=2, max_size=6), st.lists(st.booleans(), min_size=7, max_size=7), st.integers(1, 9))
 def test_line_ends_and_marks_move_no_line(ends: list[str], marked: list[bool], size: int) -> None:
-    """Each line ends in a way of its own, and may begin with a byte order mark."""
+    """Each line has its own line ending, and may begin with a byte order mark."""
     rows = [{"prompt": f"q{number}", "completion": "a"} for number in range(len(ends))]
     marks = [BOM if mark else "" for mark in marked]
     lines = [mark + json.dumps(row) + end for mark, row, end in zip(marks, rows, ends, strict=False)]
@@ -141,7 +141,7 @@ def refusal_of(data: bytes) -> InvalidRows | None:
 @settings(deadline=None, derandomize=True, max_examples=400)
 @given(st.builds(lambda start, rest: start + rest, BEGINNINGS, st.binary(max_size=60)) | SPOILT)
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
-    """With a sentence that names the row, and with the same verdict for who reads rows and who reads examples."""
+    """A refusal names the row, and readers of rows and of examples come to the same verdict."""
     refusal = refusal_of(data)
     if refusal is not None:
         assert refusal.fields["line"] >= 1
@@ -162,6 +162,6 @@ def test_any_bytes_have_one_verdict_however_they_are_cut(data: bytes, size: int)
         try:
             return str(read(data, size))
         except InvalidRows as refused:
-            return refused.message.partition(" is damaged: ")[0]  # the library's own words differ
+            return refused.message.partition(" is damaged: ")[0]  # the library's messages differ
 
     assert verdict(size) == verdict(2**20)

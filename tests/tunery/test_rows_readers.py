@@ -1,4 +1,4 @@
-"""A format is an entry of the registry: upload, validation and trainer read a file of it by the same function."""
+"""A format is an entry of the registry: upload, validation and trainer read its files with the same function."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from worker.trainer.data import read_rows
 
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch) -> Format:
-    """A format more, for this test alone."""
+    """Adds a format to the registry for one test."""
     monkeypatch.setattr(readers, "FORMATS", dict(readers.FORMATS))
     from toy_format import CARDS
 
@@ -28,7 +28,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Format:
 
 
 def write(count: int, wrong: int | None = None) -> bytes:
-    """So many cards; the one numbered `wrong` has no answer."""
+    """A file of `count` cards; the one numbered `wrong` has no answer."""
     lines = (f"Q: What comes after {n}?\n{'B' if n == wrong else 'A'}: {n + 1}\n" for n in range(1, count + 1))
     return "".join(lines).encode()
 

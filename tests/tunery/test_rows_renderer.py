@@ -1,4 +1,4 @@
-"""The processes in which templates run: the same text as here, and every way in which one of them can end."""
+"""The processes in which templates run: their text equals that of this process, and every way they can end."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ DIVIDING = (
     "{% set x = ('f' * 4000000) | int(base=16) %}{% set y = ('f' * 2000000) | int(base=16) %}"
     + "{% set z = x // y %}" * 300
 )
-"""Divisions of large numbers take seconds each and count no round."""
+"""Divisions of large numbers, which take seconds each and count as no round of a loop."""
 
 
 def render(source: str, **variables: Any) -> str:
@@ -105,7 +105,7 @@ def test_errors_are_those_of_this_process(source: str, variables: dict[str, Any]
     with pytest.raises(Exception) as found:
         render(source, **variables)
 
-    if not isinstance(wanted.value, UnicodeError):  # which takes five arguments of several types
+    if not isinstance(wanted.value, UnicodeError):  # its constructor takes five arguments of several types
         assert type(found.value) is type(wanted.value)
     assert isinstance(wanted.value, RecursionError) or str(wanted.value) in str(found.value)
     assert getattr(found.value, "lineno", None) == getattr(wanted.value, "lineno", None)
@@ -210,8 +210,8 @@ def test_threads_do_not_read_each_others_texts() -> None:
 
 
 def test_an_interrupted_request_leaves_no_half_read_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C, or a signal's handler that raises."""
-    # A shell starts what it runs in the background with the signal ignored.
+    """The interruption is Ctrl-C, or a signal handler that raises."""
+    # A shell starts background commands with the signal ignored.
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
@@ -255,7 +255,7 @@ def open_descriptors() -> int:
 
 def test_nothing_is_left_open() -> None:
     render("x")
-    gc.collect()  # what other tests left
+    gc.collect()  # collects what other tests left
     before = open_descriptors()
 
     for _ in range(3):

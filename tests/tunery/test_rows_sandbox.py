@@ -1,6 +1,6 @@
-"""Templates are other people's programs: what they must not do, and that refusing it is quick.
+"""Templates are untrusted programs: what they must not do is refused, and quickly.
 
-Each goes through the process that renders; what a budget refuses between two operations is asked of the dialect itself.
+Each runs in the process that renders; what a budget refuses between two operations is tested in the dialect itself.
 """
 
 from datetime import UTC, datetime
@@ -75,7 +75,7 @@ def test_a_template_cannot_reach_python(source: str) -> None:
     ],
 )
 def test_a_template_cannot_eat_the_host(source: str) -> None:
-    # Any error will do but one: that it went on until memory or patience ran out.
+    # Any of these errors will do: none is raised because memory or time ran out.
     with pytest.raises((SecurityError, RecursionError, OverflowError)):
         render(source)
 
@@ -94,7 +94,7 @@ def test_a_template_cannot_eat_the_host(source: str) -> None:
     ],
 )
 def test_numbers_and_indents_are_metered(source: str) -> None:
-    # By a budget, not by the limits of the process.
+    # A budget refuses them, not the limits of the process.
     with pytest.raises(sandbox.LimitExceeded, match=r"larger than|bits|indents JSON"):
         render(source)
 

@@ -1,4 +1,4 @@
-"""Shapes of rows: one fixture each, read as the trainer reads it, against the conversation that it means."""
+"""Shapes of rows: one fixture each, read as in the trainer and compared with the conversation that it means."""
 
 import contextlib
 import json

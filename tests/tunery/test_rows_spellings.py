@@ -1,4 +1,4 @@
-"""The many spellings of one row: which are read alike, which change its meaning, in whose words the rest is refused."""
+"""The spellings of a row: which are read alike, which change its meaning, and with which messages the rest fails."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ def with_arguments(arguments: object) -> str:
 
 
 def read(line: str) -> dict[str, Any]:
-    """A line's conversation in the one spelling that all the others are read as."""
+    """The conversation of a line, in the one spelling as which all others are read."""
     return parse_line(line, 1).model_dump(include={"messages", "tools", "parallel_tool_calls"}, exclude_none=True)
 
 
@@ -165,7 +165,7 @@ PYDANTIC = re.compile(
 
 
 def _spoilt(value: Any, wrong: Any) -> Iterator[Any]:
-    """Copies of a value, each with another one of its parts exchanged for `wrong`."""
+    """Yields copies of a value, each with a different part replaced by `wrong`."""
     yield wrong
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
@@ -177,7 +177,7 @@ def _spoilt(value: Any, wrong: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("wrong", WRONG_VALUES, ids=repr)
 def test_a_wrong_value_is_refused_in_our_words(wrong: object) -> None:
-    """Every part of a full row in turn: a number for a string, a list for an object, and so on."""
+    """Replaces every part of a full row in turn: a number for a string, a list for an object, and so on."""
     called = {**ANSWER, "weight": 1, "tool_calls": [CALL], "refusal": "r", "reasoning_content": "t", "name": "n"}
     legacy = {"role": "assistant", "function_call": CALL["function"]}
     tool = {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "t"}]}
@@ -204,7 +204,7 @@ def asked(**fields: Any) -> bytes:
 
 
 def test_chat_reads_a_message_as_training_does() -> None:
-    """An answer that the official client dumped, with nulls, outputs and arguments in every spelling."""
+    """The answer is a dump of the official client, with nulls, outputs and arguments in every spelling."""
     calls = [{**CALL, "index": n, "function": {"name": "f", "arguments": a}} for n, a in enumerate(("", {}, '"{}"'))]
     said = {**OFFICIAL.model_dump(), "tool_calls": calls, "audio": {"id": "a"}, "parsed": {}, "weight": None}
     tools = [{"type": None, "function": {"name": "f", "strict": None}}]

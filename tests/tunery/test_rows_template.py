@@ -26,7 +26,7 @@ TEMPLATES = {name: template_of(source) for name, source in SHAPES.items()}
 
 
 def example(*turns: Any, **fields: Any) -> Example:
-    """Turns as texts, user first and alternating, or as whole messages."""
+    """Makes an example of turns: texts, which alternate and begin with the user, or whole messages."""
     roles = ("user", "assistant")
     messages = [
         {"role": roles[index % 2], "content": turn} if isinstance(turn, str) else turn

@@ -32,7 +32,7 @@ CUTS = {
 
 @cache
 def trained(cut: str, only_seen: bool = False) -> Tokenizer:
-    """A tokenizer of 1,500 tokens, learned from this repository's words. `only_seen`: no bytes that do not come."""
+    """A tokenizer of 1,500 tokens, trained on texts of this repository. `only_seen`: with only the bytes in them."""
     made = Tokenizer(models.BPE())
     made.decoder = decoders.ByteLevel()
     made.pre_tokenizer = CUTS[cut]
@@ -113,7 +113,7 @@ def _swap_merges(spec: dict[str, Any]) -> None:
 
 
 def _make_unreachable(spec: dict[str, Any]) -> None:
-    """A token whose two parts are never left beside each other: 'h' joins the 'e' before 'zqh' could come."""
+    """Adds a token whose two parts never meet: 'h' and 'e' are merged before 'z' and 'h' could be."""
     model = spec["model"]
     assert ["h", "e"] in model["merges"]
     model["vocab"] |= {"zh": len(model["vocab"]), "zhe": len(model["vocab"]) + 1}

@@ -1,4 +1,4 @@
-"""Prompt and answer are joined, and special tokens that texts spell stay text, with tokenizers of each kind."""
+"""How prompt and answer are joined, and how special tokens in texts stay text, with tokenizers of each kind."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ PLAIN = (
     "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ ('</s>' if m.role == 'assistant' else '\\n') }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""A generation prompt that ends in a blank, which a tokenizer joins with the answer's first word."""
+"""Its generation prompt ends with a blank, which a tokenizer joins with the answer's first word."""
 
 
 def template_of(made: Tokenizer, source: str = CHATML) -> ChatTemplate:
@@ -79,7 +79,7 @@ def test_answers_of_sentencepiece_tokenizers_are_learned_as_they_are(split: str,
         return after.removeprefix(before)
 
     if source == PHI3_LIKE and split != "prepend":
-        # A pre-tokenizer writes its own blank only where there is none, so that decoding cannot tell the two apart.
+        # A pre-tokenizer adds a blank only where there is none, so decoding cannot tell the two cases apart.
         assert answer in (said([]), said(prompt))
     else:
         assert said(template.answer_context(prompt)) == answer
@@ -132,7 +132,7 @@ def test_turns_after_a_straddled_answer_stay_in_the_row() -> None:
 
 
 def test_what_follows_is_left_out_where_it_changes_the_stop_token() -> None:
-    """A stop token that is not a special token may grow together with the newline after it."""
+    """A stop token that is not a special token may be merged with the newline after it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({piece: id for id, piece in enumerate([*alphabet, "xĊ"])}, [("x", "Ċ")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -147,7 +147,7 @@ def test_what_follows_is_left_out_where_it_changes_the_stop_token() -> None:
     assert learned(template, row) == "ax"
 
 
-# Special tokens that texts spell
+# Special tokens in texts
 
 
 def test_markers_in_answers_stay_text() -> None:

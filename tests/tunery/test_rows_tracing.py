@@ -1,4 +1,4 @@
-"""Rows that are rendered without their template: the texts are the template's own, or the template renders them."""
+"""Rows that are rendered without their template: the texts equal the template's, or the template renders them."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -141,7 +141,7 @@ INSPECTING = [
     "{{ raise_exception(content) }}",
     "{{ strftime_now('%H:%M:%S') }}{{ content }}",
 ]
-"""Templates of which the text around a content depends on it, or on the time."""
+"""Templates in which the text around a content depends on that content, or on the time."""
 
 
 @pytest.mark.parametrize("text", INSPECTING)
@@ -246,7 +246,7 @@ def test_views_are_those_that_an_encoding_reads() -> None:
 
 
 def _joined(found: list[str | int]) -> Iterator[str | int]:
-    """Texts next to each other as one."""
+    """Joins adjacent texts."""
     text = ""
     for piece in found:
         if isinstance(piece, str):

@@ -1,4 +1,4 @@
-"""Which adapters vLLM can serve: the same rules for a job that is asked for and for an adapter's files."""
+"""Which adapters vLLM can serve: the same rules for a requested job and for an adapter's files."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What both storages do alike: one suite, run against a directory and against a real S3 server."""
+"""What both kinds of storage do: one suite, run against a directory and against a real S3 server."""
 
 import hashlib
 import threading
@@ -13,7 +13,7 @@ from tunery.storage import CHUNK, Storage, check_key, open_storage
 from tunery.storage.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 
 BIG = 37 * 2**20 + 11
-"""Two whole parts of a multipart upload and a rest."""
+"""Two whole parts of a multipart upload and a remainder."""
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -124,7 +124,7 @@ def test_a_missing_object(storage: Storage, tmp_path: Path) -> None:
     assert storage.stat("nothing") is None
     storage.delete("nothing")
     with pytest.raises(ObjectMissing, match="'nothing' is missing from storage"):
-        storage.read("nothing")  # at once: an answer must not begin with 200 and then break
+        storage.read("nothing")  # at once: a response must not begin with 200 and then break off
     with pytest.raises(ObjectMissing):
         storage.fetch("nothing", tmp_path / "file", "0" * 64)
     assert list(tmp_path.glob("file*")) == []

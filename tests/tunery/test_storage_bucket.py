@@ -1,4 +1,4 @@
-"""What only S3 can do, and what only S3 can suffer."""
+"""What only S3 can do, and failures that only S3 can have."""
 
 import hashlib
 import re
@@ -66,7 +66,7 @@ def test_a_presigned_url_downloads_one_object_under_its_name(storage: Storage) -
 def test_a_presigned_url_expires(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.put("a", b"1")
     yesterday = datetime.now(UTC) - timedelta(days=1)
-    # Not waited for: signed with yesterday's date, which is what an expired URL is.
+    # Nothing is waited for: a URL that was signed yesterday is an expired one.
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda remove_tzinfo=True: yesterday)
     url = storage.presign("a", filename="a", seconds=3600)
     assert url is not None

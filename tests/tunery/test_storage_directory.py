@@ -1,4 +1,4 @@
-"""What only a directory can do, and what only a directory can suffer."""
+"""What only a directory can do, and failures that only a directory can have."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from tunery.storage.errors import StorageFailed
 
 @contextmanager
 def _files_up_to(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow further, as a full disk would."""
+    """Limits all files to `size` bytes: the kernel then refuses writes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -55,7 +55,7 @@ def test_a_writer_that_was_killed_is_swept_up(tmp_path: Path) -> None:
 
     assert list(storage.list("")) == []
     assert storage.sweep(older_than_seconds=3600) == 0, "a writer that is at work must not be swept"
-    # What `stat` says of a file that its writer has just renamed.
+    # `stat` fails on it as on a file that its writer has just renamed.
     (tmp_path / ".tmp" / "renamed").symlink_to("away")
     assert storage.sweep(older_than_seconds=-60) == 1
     (tmp_path / ".tmp" / "renamed").unlink()

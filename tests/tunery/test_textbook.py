@@ -28,7 +28,7 @@ def test_the_textbooks_figures_lie_in_the_quoted_ranges(said: textbook.Said) -> 
 
 @pytest.mark.parametrize(("dtype", "gigabytes"), [("float32", 840), ("bfloat16", 420)])
 def test_the_70b_line_needs_what_the_page_says(dtype: str, gigabytes: int) -> None:
-    """Weights and moments in fp32; weights, gradients and 8-bit moments where the weights are bf16."""
+    """The figures count weights and moments in fp32, and weights, gradients and 8-bit moments with weights in bf16."""
     precision = decide(Full.model_validate({"weights_dtype": dtype}), "cuda")
     gradients = 0 if dtype == "float32" else precision.trained_bytes
     assert 70 * (BYTES[precision.trained] + precision.moment_bytes + gradients) == gigabytes

@@ -1,4 +1,4 @@
-"""Where webhooks must not go: every way that is known to write a private address, and names that change their mind."""
+"""Where webhooks must not go: private addresses in every known spelling, and names that resolve differently later."""
 
 from collections.abc import Sequence
 from ipaddress import ip_address, ip_network

@@ -1,4 +1,4 @@
-"""What a project may do with its endpoints, and that others' do not exist for it."""
+"""What a project can do with its webhook endpoints; those of other projects do not exist for it."""
 
 from collections.abc import Callable
 from datetime import timedelta

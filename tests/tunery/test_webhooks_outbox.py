@@ -1,4 +1,4 @@
-"""From a job's end to a receiver: at least once, signed, never twice at a time, whatever breaks in between."""
+"""Delivery from a job's end to a receiver: at least once, signed, never twice at a time, whatever fails between."""
 
 import json
 import time
@@ -108,7 +108,7 @@ def _tries(session: Session) -> list[tuple[int, int | None, str | None]]:
 
 
 def _hurry(session: Session) -> None:
-    """Let every wait be over, on the database's clock."""
+    """Ends every wait, by the database's clock."""
     past = func.clock_timestamp() - timedelta(seconds=1)
     session.execute(update(Delivery).where(Delivery.state == "pending").values(next_try_at=past))
     session.execute(update(Delivery).where(Delivery.claimed_until.is_not(None)).values(claimed_until=past))
@@ -270,7 +270,7 @@ def test_failures_follow_the_schedule_and_end(
         assert outbox.deliver_due(allowing) == 1
         wait = _only(session).next_try_at
         assert wait is not None
-        # 30 s of slack: the row is written after the answer, and we look at the clock later still.
+        # 30 s of slack: the row is written after the response, and the clock is read later still.
         assert delay - 30 < (wait - db.now(session)).total_seconds() <= delay * 1.2
         assert outbox.deliver_due(allowing) == 0
         _hurry(session)
@@ -396,7 +396,7 @@ def test_a_hanging_receiver_does_not_hold_up_the_others(
         sending = pool.submit(outbox.deliver_due, allowing)
         _until(lambda: len(receiver.on("/good")) == outbox.SENDERS + 2)
         assert len(receiver.on("/hang")) == outbox.PER_ENDPOINT
-        _end(session, project, State.CANCELLED)  # and what ends meanwhile is not held up either
+        _end(session, project, State.CANCELLED)  # nor is the event of a job that ends meanwhile delayed
         _until(lambda: len(receiver.on("/good")) == outbox.SENDERS + 3)
         assert not sending.done()
         receiver.released.set()

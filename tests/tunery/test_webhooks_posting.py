@@ -1,4 +1,4 @@
-"""One POST, to receivers that do everything wrong."""
+"""A single POST, to receivers that misbehave in every way."""
 
 import ssl
 import time
@@ -134,7 +134,7 @@ def test_the_second_address_is_tried_when_the_first_is_dead(receiver: Receiver) 
     assert posting.post(target, BODY, {}).accepted
 
 
-# TLS: the connection goes to the address, and the name is what is asked for and what is certified.
+# TLS: the connection goes to the address; SNI and the certificate have the name.
 
 
 @pytest.fixture(scope="module")

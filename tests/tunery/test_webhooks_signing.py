@@ -1,4 +1,4 @@
-"""Signatures, held against the specification's vector and the two verifiers that receivers use."""
+"""Signatures, checked with the specification's test vector and the two verifiers that receivers use."""
 
 import base64
 import time
@@ -44,7 +44,7 @@ def test_the_known_vector() -> None:
 
 @VERIFIERS
 def test_any_secret_of_ours_verifies(accepts: Verifier) -> None:
-    for _ in range(20):  # the base64 of some keys only has + and /, or other padding
+    for _ in range(20):  # only some keys have + and /, or other padding, in base64
         secret = signing.new_secret()
         headers = signing.headers([secret], "wh_1", int(time.time()), BODY)
         assert accepts(secret, headers, BODY)
