@@ -22,8 +22,8 @@ WRONG_LABELS = 0.3
 
 
 def prepare(folder: Path, seeds: int) -> None:
-    """Writes FOLDER/TASK-LEVEL-SEED/{noisy,clean,curated}/TASK_train.jsonl.gz, and beside them lineage.json.gz, which
-    has the injected faults and what the cleaning did."""
+    """Writes FOLDER/TASK-LEVEL-SEED/{noisy,clean,curated}/TASK_train.jsonl.gz, and next to these folders
+    lineage.json.gz, which has the injected faults and what the cleaning did."""
     for task in TASKS:
         for level in LEVELS:
             for seed in range(seeds):

@@ -37,7 +37,7 @@ TECHNIQUES = {
 }
 SHOWN = ("failed", "tok_s", "step_ms", "tokens_a_step", "peak_gib", "reserved_gib", "process_gib", "seconds", "plan",
          "log")  # fmt: skip
-AROUND = 23  # tokens of a row beside its answer
+AROUND = 23  # tokens of a row outside its answer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Work:
 
 
 def write_rows(path: Path, wanted: list[int]) -> None:
-    """Chat rows whose answers are letters that the small tokenizer of `make_model` never joins."""
+    """Writes chat rows whose answers are letters that the small tokenizer of `make_model` never merges."""
     numbers = random.Random(1)
     with path.open("w") as file:
         for length in wanted:

@@ -6,7 +6,7 @@ MARK = "peak of memory after "
 
 
 def read_phases(log: Iterable[str]) -> dict[str, int]:
-    """Returns the peak in bytes after each part of a run that raised it, by the last time that the part did."""
+    """Returns the peak in bytes after each part of a run that raised it, as of the last time that the part did."""
     found: dict[str, int] = {}
     for line in log:
         _, marked, said = line.partition(MARK)

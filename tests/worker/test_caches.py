@@ -16,7 +16,7 @@ from worker.trainer import prepared
 
 
 def test_what_a_host_keeps_of_a_file_goes_when_no_project_has_it(workshop: Workshop, tiny_base: Path) -> None:
-    """A deleted and an expired file lose theirs; a deleted file whose content another file has does not."""
+    """The data of a deleted and of an expired file goes; that of a deleted file stays if another has its content."""
     models_dir, template = workshop.settings.models_dir, ChatTemplate.load(tiny_base)
     (models_dir / staging.PREPARED).mkdir(parents=True)
     contents = [training_rows(12), training_rows(13), training_rows(14)]

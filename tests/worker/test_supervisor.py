@@ -381,7 +381,7 @@ def test_a_pause_asks_first_and_kills_after_the_grace(database: Database, lease:
 END_OURS = "SELECT pg_terminate_backend(pg_backend_pid())"
 """Makes the server end this connection, as it does when it restarts."""
 SLEEP_IN_IT = "SET LOCAL idle_in_transaction_session_timeout = 1"
-"""Makes the server end this connection, as it does if the client was suspended inside a transaction."""
+"""Makes the server end this connection, as it does when a client was suspended inside a transaction."""
 
 
 @pytest.mark.parametrize("fault", [END_OURS, SLEEP_IN_IT])
