@@ -44,7 +44,7 @@ def test_every_answer_says_what_is_left(limited: Callable[..., Team]) -> None:
     assert {head["x-ratelimit-limit-requests"] for head in heads} == {"60"}
     assert {head["x-ratelimit-limit-tokens"] for head in heads} == {"1000"}
     assert heads[0]["x-ratelimit-reset-requests"] in ("1s", "999ms", "1000ms")
-    # A request is charged a tenth of the minute's tokens plus its prompt, and only the 7 that it used once it ends.
+    # A request is charged a tenth of the minute's tokens plus its prompt; once it ends, only the 7 that it used.
     assert 880 < int(heads[0]["x-ratelimit-remaining-tokens"]) < 900
     assert 870 < int(heads[1]["x-ratelimit-remaining-tokens"]) < 895
 

@@ -346,7 +346,7 @@ def test_wrong_key(team: Team) -> None:
 def test_the_clients_own_retries_make_one_job(
     attempts: int, make_team: Callable[..., Team], file_id: str, job: FineTuningJob, client: OpenAI
 ) -> None:
-    """The client repeats a create whose response was lost with the header `x-stainless-retry-count`."""
+    """The client sends `x-stainless-retry-count` when it repeats a create whose response was lost."""
     again = client.fine_tuning.jobs.create(
         model=BASE, training_file=file_id, extra_headers={"x-stainless-retry-count": str(attempts)}
     )

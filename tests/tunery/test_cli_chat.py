@@ -22,7 +22,7 @@ from tunery.cli import comparing, output
 
 @pytest.fixture
 def server(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
-    """A stand-in for the model server, behind an API which the environment points to."""
+    """A stand-in for the model server, behind an API that the environment points to."""
     stand_in = ModelServer()
     with database.sessions.begin() as session:
         rows.base(session, BASE)

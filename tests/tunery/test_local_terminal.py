@@ -1,4 +1,4 @@
-"""Pictures for a terminal."""
+"""Output for a terminal: durations, sizes, tables, loss curves and progress."""
 
 import io
 import math

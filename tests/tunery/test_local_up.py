@@ -47,7 +47,7 @@ class Up:
                 stderr=log,
                 env=environment,
                 process_group=0,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
             )
 
     def wait_for(self, ready: Callable[[], bool]) -> None:

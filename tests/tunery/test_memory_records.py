@@ -69,7 +69,7 @@ PLANS = [
 
 @pytest.mark.parametrize(("name", "longest", "step", "recompute", "graphs"), PLANS, ids=[each[0] for each in PLANS])
 def test_plan_is_the_one_that_the_run_took(name: str, longest: int, step: int, recompute: bool, graphs: bool) -> None:
-    """The record's file says which: all rows of a step at once on an H200, by what its trainer measured there."""
+    """Its file says which: all rows of a step at once on an H200, by what the trainer measured there."""
     [record] = [record for record in RECORDS if record["name"] == name]
     found = expected.plan(memory_errors.setting(record), Load(longest, step), int(139.8 * 2**30))
     assert found is not None

@@ -1,4 +1,4 @@
-"""The spellings of a row: which are read alike, which change its meaning, and with which messages the rest fails."""
+"""The spellings of a row: which are read alike, which change its meaning, and which messages refuse the others."""
 
 import copy
 import json

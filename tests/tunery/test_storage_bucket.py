@@ -66,7 +66,7 @@ def test_a_presigned_url_downloads_one_object_under_its_name(storage: Storage) -
 def test_a_presigned_url_expires(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.put("a", b"1")
     yesterday = datetime.now(UTC) - timedelta(days=1)
-    # Nothing is waited for: a URL that was signed yesterday is an expired one.
+    # The test does not wait: a URL that was signed yesterday has expired.
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda remove_tzinfo=True: yesterday)
     url = storage.presign("a", filename="a", seconds=3600)
     assert url is not None
