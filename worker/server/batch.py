@@ -15,7 +15,7 @@ import torch
 
 from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
 from worker.server.decode_graphs import Recorder
-from worker.server.lane import BY_LAYER, GRAIN, ONE_MASK, Adapters, Lane
+from worker.server.lane import BY_LAYER, ONE_MASK, WIDTH_STEP, Adapters, Lane
 from worker.server.slots import Parts
 from worker.trainer import rope
 
@@ -142,7 +142,7 @@ class Batch:
     @property
     def longest(self) -> int:
         """The most tokens of a row for which the memory has room."""
-        return self._lanes[0].slots.most(self.memory.limit) - GRAIN
+        return self._lanes[0].slots.most(self.memory.limit) - WIDTH_STEP
 
     def join(
         self, prompt_ids: list[int], adapter: Any = None, project_id: str | None = None, *, is_greedy: bool = False

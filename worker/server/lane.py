@@ -13,8 +13,8 @@ from worker.server.slots import Slots
 if TYPE_CHECKING:
     from worker.server.batch import Row
 
-GRAIN = 32
-"""Prompts whose lengths differ by less than this are read to their ends in one pass."""
+WIDTH_STEP = 32
+"""The width of a pass over prompts is a multiple of this: prompts that differ by less end in the same pass."""
 
 BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
 ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
@@ -61,7 +61,7 @@ class Lane:
 
     def longest(self, *joining: "Row") -> int:
         """Returns the positions that the longest row needs in the next pass."""
-        return max((len(row.ids) for row in (*self.rows, *joining)), default=0) + GRAIN
+        return max((len(row.ids) for row in (*self.rows, *joining)), default=0) + WIDTH_STEP
 
     def size(self, *joining: "Row") -> int:
         """Returns the bytes of keys and values in the next pass."""
@@ -101,7 +101,7 @@ class Lane:
         """Reads equally many tokens of some prompts, at most `most` in all; returns how many."""
         reading = self.rows[self.running :]
         longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
-        width = min(-(-shortest // GRAIN) * GRAIN, longest, most)
+        width = min(-(-shortest // WIDTH_STEP) * WIDTH_STEP, longest, most)
         # The oldest takes part in every pass, so that no number of shorter prompts delays it.
         oldest = min(reading, key=lambda row: row.number)
         others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
