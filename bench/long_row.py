@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench import service
-from bench.serving_shape import LLAMA_8B, VOCABULARY
+from bench.serving_shape import LLAMA_8B, prompt, step
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
 
@@ -42,16 +42,13 @@ def measure(model: Any, long_tokens: int | None, longest: int, steps: int) -> di
     """Returns the seconds of the fastest step of all rows together, and the memory of their keys and values."""
     batch = Batch(model, None, CacheMemory(64 * 2**30), long_tokens=long_tokens)
     lengths = [longest, *[SHORT] * (ROWS - 1)]
-    prompts = [[(131 * i + n) % VOCABULARY for n in range(length)] for i, length in enumerate(lengths)]
-    rows = [batch.join(prompt, is_greedy=True) for prompt in prompts]
+    rows = [batch.join(prompt(i, length), is_greedy=True) for i, length in enumerate(lengths)]
     for row in rows:
         row.likeliest()
     taken = []
     for _ in range(steps):
         begun = time.perf_counter()
-        for row in rows:
-            row.push(row.likeliest())
-        batch.step()
+        step(batch, rows)
         taken.append(time.perf_counter() - begun)
     return {"seconds_a_step": round(min(taken), 4), "mebibytes": round(batch.nbytes / 2**20)}
 

@@ -120,7 +120,7 @@ def _switch(model: Any, rank: int, tokens: int) -> float:
     seconds = 0.0
     for number in range(SWITCHED):
         tuned.set_adapter(str(number))
-        stream = Alone(tuned, [(131 * number + n) % VOCABULARY for n in range(PROMPT)], LengthRope())
+        stream = Alone(tuned, prompt(number), LengthRope())
         for _ in range(_WARM):
             stream.push(int(stream.logits().argmax()))
         begun = time.perf_counter()
@@ -165,22 +165,27 @@ def _adapter(model: Any, rank: int) -> Factors:
 
 def _write(batch: Batch, streams: int, adapters: list[Factors] | None, tokens: int) -> float:
     """Returns tokens a second of greedy decoding, without the prompts and the first steps."""
-    prompts = [[(131 * i + n) % VOCABULARY for n in range(PROMPT)] for i in range(streams)]
-    rows = [batch.join(ids, adapters and adapters[i], is_greedy=True) for i, ids in enumerate(prompts)]
+    rows = [batch.join(prompt(i), adapters and adapters[i], is_greedy=True) for i in range(streams)]
     for row in rows:
         row.likeliest()  # an answer on the host: the device has ended
     for _ in range(_WARM):
-        _step(batch, rows)
+        step(batch, rows)
     begun = time.perf_counter()
     for _ in range(tokens):
-        _step(batch, rows)
+        step(batch, rows)
     seconds = time.perf_counter() - begun
     for row in rows:
         row.close()
     return streams * tokens / seconds
 
 
-def _step(batch: Batch, rows: list[Row]) -> None:
+def prompt(number: int, length: int = PROMPT) -> list[int]:
+    """Returns the token ids of a prompt; another number starts with another token."""
+    return [(131 * number + n) % VOCABULARY for n in range(length)]
+
+
+def step(batch: Batch, rows: list[Row]) -> None:
+    """Writes a greedy token of each row."""
     for row in rows:
         row.push(row.likeliest())
     batch.step()

@@ -36,7 +36,8 @@ _SCORE_SECONDS = 1.3
 """Seconds of a scorecard beside its answers, mostly imports and resampling for intervals, on a CPU."""
 _DISK_BYTES = 200e6
 _ROW_TOKEN = 1.5e-6
-"""Seconds to read and tokenise a token of the files' rows: bench/results/prepare_cpu.json."""
+"""Seconds to read and tokenise a token of the files' rows: cautious, for busy hosts and templates that are run for each
+row. On two idle cores plain rows take a fifth of it: bench/results/prepare_cpu.json."""
 CPU_OPERATIONS = 40e9
 """fp32 operations per second of two server cores: a guess until the first run here."""
 

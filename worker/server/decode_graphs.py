@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from worker.trainer import experts
+
 log = logging.getLogger(__name__)
 
 MOST = 16
@@ -22,8 +24,6 @@ _EAGER = 2
 _TOLERANCE = 2e-2
 """The relative difference of a row's logits by a graph from those of the same pass without one. Rounding in bf16
 changes the third digit; a graph that reads a wrong address, the first."""
-_ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Config keys of mixtures of experts: the host reads the routing of each pass, which cannot be recorded."""
 
 Work = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Returns the logits [rows, vocabulary] after tokens [rows, 1] at positions [rows, 1], all on the device."""
@@ -61,9 +61,10 @@ class CudaRecorder:
 
 
 def recorder_for(model: Any) -> Callable[[], Recorder] | None:
-    """Returns what makes a recorder of the model's passes; None on a CPU and for mixtures of experts."""
-    config = model.config.get_text_config()
-    if model.device.type != "cuda" or any(getattr(config, name, None) for name in _ROUTED):
+    """Returns what makes a recorder of the model's passes; None on a CPU and for mixtures of experts, the routing of
+    which the host reads in each pass.
+    """
+    if model.device.type != "cuda" or experts.are_in(model.config.get_text_config()):
         return None
     return CudaRecorder
 
@@ -120,7 +121,7 @@ class DecodeGraphs:
         self._seen[kind] = self._seen.pop(kind, 0) + 1
         if len(self._seen) > MOST:
             self._seen.popitem(last=False)
-        return self._seen.get(kind, 0) > _EAGER and not self.is_broken
+        return self._seen.get(kind, 0) > _EAGER
 
     def _record(
         self, kind: Hashable, tokens: torch.Tensor, positions: torch.Tensor, work: Work, wanted: torch.Tensor

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from worker.server.folders import WEIGHTS
+from worker.trainer import experts
 
 _PREFIX = "base_model.model."
 _UNDERSTOOD = frozenset(
@@ -128,7 +129,7 @@ def _fits(layer: nn.Module | None, a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _has_experts(model: Any) -> bool:
     """Whether layers outside attention see tokens without knowing their rows, as experts do."""
-    return any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return experts.are_in(model.config)
 
 
 def _scaling(config: Mapping[str, Any], site: Site) -> float:

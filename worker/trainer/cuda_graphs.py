@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunery.planning.expected import RECORDED_PARAMS, RECORDED_TOKENS
-from worker.trainer import rope
+from worker.trainer import experts, rope
 from worker.trainer.data import Batch
 from worker.trainer.objective import Objective
 
@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 PAD_TO = (32, 128)
 """Sequence lengths are padded to a multiple of 32, counts of labels to a multiple of 128."""
 MOST_GRAPHS = 48
-_ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Config keys of mixtures of experts: the host has to read the routing of each batch, which cannot be captured."""
 SCALE = 2.0**-11
 """Scale of losses inside a graph, as the sum of a step's weights is not known when the graph is captured. A power of
 two, so that undoing it is exact.
@@ -104,7 +102,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
         f"more than {RECORDED_TOKENS:,} tokens at once": tokens > RECORDED_TOKENS,
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding would change the lengths
         "activations are computed again": objective.recomputes,
-        "the experts' work depends on the batch": any(getattr(config, name, None) for name in _ROUTED),
+        "the experts' work depends on the batch": experts.are_in(config),  # the host reads each batch's routing
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

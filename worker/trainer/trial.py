@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from tunery.failures import CannotAdapt, CannotQuantise
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
+from worker.trainer import experts
 from worker.trainer.data import Row, collate, singles
 from worker.trainer.loading import RECIPES
 from worker.trainer.objective import Objective
@@ -31,7 +32,6 @@ TECHNIQUES: dict[str, Technique] = {"lora": Lora(r=2), "qlora": Qlora(r=2, compu
 OPTIONS = {"dropout": Lora(r=2, dropout=0.1), "dora": Lora(r=2, use_dora=True)}
 """Options that adapters on all layers of some bases do not support."""
 MOST_LAYERS, MOST_TOKENS, LEAST_WIDTH = 8, 512, 256
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BYTES_A_PARAM = 16
 """Two copies of fp32 weights, and their gradients."""
@@ -88,7 +88,7 @@ def _cut(config: Any, of_layers: int, layers: int) -> None:
     text = config.get_text_config()
     text.num_hidden_layers = layers
     text.vocab_size = min(text.vocab_size, MOST_TOKENS)
-    for name in _EXPERTS:
+    for name in experts.COUNTS:
         if (count := getattr(text, name, None)) is not None:
             groups = getattr(text, "n_group", None) or 1
             chosen = max(4, getattr(text, "num_experts_per_tok", None) or 1, 2 * groups)

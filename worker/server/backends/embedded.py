@@ -87,8 +87,7 @@ class Engine:
         now: datetime | None = None,
     ) -> None:
         """`memory_bytes`: for bases and adapters together; by default half of the device's. `graphs`: passes are
-        recorded as CUDA graphs. `now`: the time that chat
-        templates see; by default that of each request.
+        recorded as CUDA graphs. `now`: the time that chat templates see; by default that of each request.
         """
         self._models_dir = models_dir
         self._storage = storage
