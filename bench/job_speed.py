@@ -10,6 +10,7 @@ moment at which it gets its run. Needs a GPU.
 
 import argparse
 import json
+import os
 import random
 import re
 import statistics
@@ -26,7 +27,7 @@ import psutil
 
 from bench.train_rows import lengths
 from bench.train_side_by_side import hardware
-from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
+from tunery.spec import Full, Lora, Plan, Qlora, Resources, Run, Schedule
 
 TECHNIQUES = {
     "full": Full(),
@@ -42,7 +43,7 @@ AROUND = 23  # tokens of a row outside its answer
 
 @dataclass(frozen=True)
 class Work:
-    """The options of a measured run; `batch`: rows of a step, `skip`: steps of warming up."""
+    """The options of a measured run; `batch`: rows of a step on all GPUs, `skip`: steps of warming up."""
 
     technique: str = "lora"
     lengths: str = "long"
@@ -50,6 +51,7 @@ class Work:
     steps: int = 50
     skip: int = 10
     packing: bool = False
+    gpus: int = 1
 
 
 def write_rows(path: Path, wanted: list[int]) -> None:
@@ -69,6 +71,7 @@ def lay_out(folder: Path, model: Path, work: Work) -> None:
     plan = Plan(
         technique=TECHNIQUES[work.technique], n_epochs=1, batch_size=work.batch, seed=7, learning_rate_multiplier=1,
         learning_rate=1e-4, schedule=Schedule(type="constant", warmup_ratio=0), packing=work.packing,
+        resources=Resources(gpus=work.gpus),  # type: ignore[arg-type]
     )  # fmt: skip
     run = Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
     (folder / "spec.json").write_text(run.model_dump_json())
@@ -108,14 +111,18 @@ def await_imports(process: psutil.Process) -> None:
 
 
 class Trainer:
-    """A trainer process, which begins at once if it gets a folder, and else imports everything and waits."""
+    """A trainer process, which begins at once if it gets a folder, and else imports everything and waits.
 
-    def __init__(self, log: Path, folder: Path | None = None) -> None:
+    `gpus`: those that it sees, as CUDA_VISIBLE_DEVICES.
+    """
+
+    def __init__(self, log: Path, folder: Path | None = None, gpus: str | None = None) -> None:
         self._folder, self.began = folder, time.monotonic()
         command = [sys.executable, "-m", "worker.trainer", str(folder) if folder else "--wait"]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
             )
 
     def begin(self, folder: Path) -> None:
@@ -146,16 +153,23 @@ class Trainer:
 
 
 def measure(
-    model: Path, work: Work, trainer: Trainer | None = None, *, preloaded: bool = False, limit: float | None = None
+    model: Path,
+    work: Work,
+    trainer: Trainer | None = None,
+    *,
+    preloaded: bool = False,
+    limit: float | None = None,
+    gpus: str | None = None,
 ) -> dict[str, Any]:
     """Measures one run, in a new process or in `trainer`, which waits. `limit`: the most seconds that it may take."""
     with tempfile.TemporaryDirectory() as holder:
         folder = Path(holder) / "run"
         lay_out(folder, model, work)
         if trainer is None and preloaded:
-            trainer = Trainer(folder / "log.txt")
-        if trainer is None:
-            trainer = Trainer(folder / "log.txt", folder)
+            trainer = Trainer(folder / "log.txt", gpus=gpus)
+            trainer.begin(folder)
+        elif trainer is None:
+            trainer = Trainer(folder / "log.txt", folder, gpus)
         else:
             trainer.begin(folder)
         memory = DeviceMemory(trainer.process.pid)
@@ -179,6 +193,7 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
     around = seconds["whole"] - sum(s["seconds"] for s in steps)
     return {
         "tok_s": round(tokens / training),
+        "all_steps_tok_s": round(steps[-1]["tokens"] / sum(step["seconds"] for step in steps)),
         "step_ms": round(1000 * statistics.median(step["seconds"] for step in measured), 1),
         "tokens_a_step": round(tokens / len(measured)),
         "peak_gib": peak and round(peak / 2**30, 2),
