@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -138,10 +139,13 @@ def fetch(storage: Storage, key: str, path: Path, expected: str, check: Check) -
     found = hashlib.sha256()
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Hashing takes as long as all the rest, and lets another thread run meanwhile.
+        with ThreadPoolExecutor(1) as hashing, os.fdopen(handle, "wb") as file:
+            hashed = hashing.submit(found.update, b"")
             for data in storage.read(key):
                 check()
-                found.update(data)
+                hashed.result()
+                hashed = hashing.submit(found.update, data)
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())

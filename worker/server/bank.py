@@ -1,7 +1,8 @@
 """Applies the adapters of one base to the rows of a pass: each row has its own, or none.
 
 PEFT's `adapter_names` loops over the adapters in every layer; here each layer computes two batched products for all
-adapters of one shape, whatever their number. Layers add nothing while no row has an adapter.
+adapters of one shape, whatever their number, or on a CUDA device runs two kernels if each row reads one token. Layers
+add nothing while no row has an adapter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +20,24 @@ from torch import nn
 from worker.server.factors import Factors, Site, Stack, split
 from worker.server.lane import Laid
 
+try:
+    from worker.server import lora_triton
+except ImportError:  # a CPU build of torch has no Triton
+    lora_triton = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class _Group:
     """Rows of a pass whose adapters have one shape. All indices are on the device.
 
-    `layers`: by name A transposed (adapters x inputs x rank) and B (adapters x rank x outputs). `rows`: for each
-    adapter as many rows of the pass as the busiest has, some of them twice. `targets[i]` is the row of the pass whose
-    result is at `places[i]` among these. None, None, None: row i of the pass has adapter i.
+    `layers`: by name A transposed (adapters x inputs x rank) and B (adapters x rank x outputs). `adapters`: for each
+    row of the pass its adapter; -1: none of these. `rows`: for each adapter as many rows of the pass as the busiest
+    has, some of them twice. `targets[i]` is the row of the pass whose result is at `places[i]` among these. None, None,
+    None: row i of the pass has adapter i.
     """
 
     layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    adapters: torch.Tensor
     rows: torch.Tensor | None
     places: torch.Tensor | None
     targets: torch.Tensor | None
@@ -120,7 +128,9 @@ class Bank:
         block, order = stack.gather(list(rows)) if len(rows) > 1 else (stack.row(next(iter(rows))), list(rows))
         pairs = split(block, stack.sites)
         layers = {site.name: (a.transpose(1, 2), b) for site, (a, b) in zip(stack.sites, pairs, strict=True)}
-        return _Group(layers, *self._indices([rows[one] for one in order], len(adapters)))
+        own = {row: place for place, one in enumerate(order) for row in rows[one]}
+        places = torch.tensor([own.get(row, -1) for row in range(len(adapters))], dtype=torch.int32)
+        return _Group(layers, places.to(self._device), *self._indices([rows[one] for one in order], len(adapters)))
 
     def _indices(self, rows: list[list[int]], count: int) -> tuple[torch.Tensor | None, ...]:
         if rows == [[row] for row in range(count)]:
@@ -134,10 +144,15 @@ class Bank:
 
     def _lay(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], out: torch.Tensor) -> None:
         """Adds the rows' adapters to a layer's output."""
+        x, is_packed = inputs[0], isinstance(layer, Linear4bit)
         for number, group in enumerate(self._groups):
-            if name in group.layers:
-                a, b = group.layers[name]
-                _add(group, a, b, self._pick(number, inputs[0], a.dtype), out, isinstance(layer, Linear4bit))
+            if name not in group.layers:
+                continue
+            a, b = group.layers[name]
+            if lora_triton is not None and x.is_cuda and x.shape[1] == 1:
+                lora_triton.add(x, a, b, group.adapters, out, rounds_twice=is_packed)
+            else:
+                _add(group, a, b, self._pick(number, x, a.dtype), out, is_packed)
 
     def _pick(self, number: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Returns a group's rows of x (rows x tokens x inputs) in the adapters' type; layers with the same input share

@@ -17,7 +17,7 @@ from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
 from worker.server.decode_graphs import Recorder
 from worker.server.lane import BY_LAYER, ONE_MASK, WIDTH_STEP, Adapters, Lane
 from worker.server.slots import Parts
-from worker.trainer import rope
+from worker.trainer import grouped_attention, rope
 
 PROMPT_TOKENS = 512
 """Prompt tokens read between two steps of the running rows."""
@@ -114,6 +114,7 @@ class Batch:
         longer than this have passes of their own; by default as many as make such a pass the cheaper way.
         `recorder`: makes what records the passes; None: none is recorded.
         """
+        grouped_attention.use(model)
         self._model = model
         self._recorder = recorder
         self._adapters = adapters

@@ -21,9 +21,10 @@ MOST = 16
 """The most graphs that a lane keeps."""
 _EAGER = 2
 """Passes of a kind before it is recorded: rows join and leave so often that many kinds never recur."""
-_TOLERANCE = 2e-2
-"""The relative difference of a row's logits by a graph from those of the same pass without one. Rounding in bf16
-changes the third digit; a graph that reads a wrong address, the first."""
+_TOLERANCE = 0.1
+"""The relative difference of a row's logits by a graph from those of the same pass without one. On an H200 the same
+pass of an 8B model in bf16, computed twice, differed by up to 0.043 in a batch of 32 (cuBLAS splits sums among blocks
+that end in any order); a graph that reads a wrong address changes the first digit."""
 
 Work = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Returns the logits [rows, vocabulary] after tokens [rows, 1] at positions [rows, 1], all on the device."""

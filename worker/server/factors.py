@@ -76,19 +76,21 @@ class Factors:
         config = json.loads((folder / "adapter_config.json").read_text())
         if not _is_plain(config):
             return None
-        pairs = _pairs(load_file(folder / WEIGHTS))
+        device = next(model.parameters()).device
+        pairs = _pairs(load_file(folder / WEIGHTS, str(device)))
         layers = dict(model.named_modules())
         if pairs is None or not all(_fits(layers.get(name), *pair) for name, pair in pairs.items()):
             return None
         if _has_experts(model) and not all(".self_attn." in name for name in pairs):
             return None
         sites = tuple(Site(name, a.shape[0], a.shape[1], b.shape[0]) for name, (a, b) in sorted(pairs.items()))
-        flat = torch.empty(sum(site.numel for site in sites), dtype=torch.float32)
+        # On the model's device: transposing an adapter of an 8B model takes a CPU longer than reading it from storage.
+        flat = torch.empty(sum(site.numel for site in sites), dtype=torch.float32, device=device)
         for (a, b), site in zip(split(flat[None], sites), sites, strict=True):
             factor_a, factor_b = pairs[site.name]
             a[0] = factor_a
             b[0] = factor_b.float().T * _scaling(config, site)
-        return cls(sites, flat.to(next(model.parameters()).device))
+        return cls(sites, flat)
 
 
 def split(rows: torch.Tensor, sites: Sequence[Site]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -9,6 +9,7 @@ import torch
 
 from worker.server.decode_graphs import DecodeGraphs, Recorder
 from worker.server.slots import Slots
+from worker.trainer import grouped_attention
 
 if TYPE_CHECKING:
     from worker.server.batch import Row
@@ -175,7 +176,7 @@ class Lane:
 
     def _mask(self, window: int | None) -> torch.Tensor:
         visible = self.slots.visible(window)
-        if self._model.config._attn_implementation == "sdpa":
+        if self._model.config._attn_implementation in {"sdpa", grouped_attention.NAME}:
             return visible
         added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
         return added.masked_fill(~visible, torch.finfo(added.dtype).min)
