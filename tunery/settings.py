@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         "device's memory",
     )
     server_cuda_graphs: bool = Field(
-        False, description="Whether the model server records the steps of its answers as CUDA graphs. Experimental"
+        True, description="Whether the model server records the steps of its answers as CUDA graphs, on a GPU"
     )
     server_pinned: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Comma-separated ids of models that stay in the model server's memory after their first use"

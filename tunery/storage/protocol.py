@@ -5,8 +5,9 @@ import hashlib
 import os
 import re
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,8 @@ from tunery.storage.errors import ChecksumMismatch
 
 CHUNK = 2**20
 """Bytes per chunk of a read."""
+_BEHIND = 8
+"""The most chunks of a download that wait to be hashed: they are held in memory."""
 PRESIGN_SECONDS = 900
 """Seconds that a presigned URL works: enough to start a download, too few for one that leaks into a log."""
 
@@ -141,11 +144,12 @@ def fetch(storage: Storage, key: str, path: Path, expected: str, check: Check) -
     try:
         # Hashing takes as long as all the rest, and lets another thread run meanwhile.
         with ThreadPoolExecutor(1) as hashing, os.fdopen(handle, "wb") as file:
-            hashed = hashing.submit(found.update, b"")
+            behind: deque[Future[None]] = deque()
             for data in storage.read(key):
                 check()
-                hashed.result()
-                hashed = hashing.submit(found.update, data)
+                behind.append(hashing.submit(found.update, data))
+                if len(behind) > _BEHIND:
+                    behind.popleft().result()
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
