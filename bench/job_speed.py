@@ -11,7 +11,6 @@ moment at which it gets its run. Needs a GPU.
 import argparse
 import json
 import os
-import random
 import re
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from bench.train_rows import lengths
+from bench.train_rows import SHUFFLED_BY, chats, lengths
 from bench.train_side_by_side import hardware
 from tunery.spec import Full, Lora, Plan, Qlora, Resources, Run, Schedule
 
@@ -38,7 +37,6 @@ TECHNIQUES = {
 }
 SHOWN = ("failed", "tok_s", "step_ms", "tokens_a_step", "peak_gib", "reserved_gib", "process_gib", "seconds", "plan",
          "log")  # fmt: skip
-AROUND = 23  # tokens of a row outside its answer
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,15 @@ class Work:
     gpus: int = 1
 
 
-def write_rows(path: Path, wanted: list[int]) -> None:
-    """Writes chat rows whose answers are letters that the small tokenizer of `make_model` never merges."""
-    numbers = random.Random(1)
-    with path.open("w") as file:
-        for length in wanted:
-            answer = "".join(numbers.choice("JQXZ") for _ in range(length - AROUND))
-            row = {"messages": [{"role": "user", "content": "QXJZ"}, {"role": "assistant", "content": answer}]}
-            file.write(json.dumps(row) + "\n")
-
-
 def lay_out(folder: Path, model: Path, work: Work) -> None:
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(model.resolve())
-    write_rows(folder / "data/train.jsonl", lengths(work.lengths, work.steps * work.batch))
+    lines = (json.dumps(row) + "\n" for row in chats(lengths(work.lengths, work.steps * work.batch)))
+    (folder / "data/train.jsonl").write_text("".join(lines))
     plan = Plan(
-        technique=TECHNIQUES[work.technique], n_epochs=1, batch_size=work.batch, seed=7, learning_rate_multiplier=1,
-        learning_rate=1e-4, schedule=Schedule(type="constant", warmup_ratio=0), packing=work.packing,
+        technique=TECHNIQUES[work.technique], n_epochs=1, batch_size=work.batch, seed=SHUFFLED_BY,
+        learning_rate_multiplier=1, learning_rate=1e-4, schedule=Schedule(type="constant", warmup_ratio=0),
+        packing=work.packing,
         resources=Resources(gpus=work.gpus),  # type: ignore[arg-type]
     )  # fmt: skip
     run = Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)

@@ -3,9 +3,10 @@
 `python -m bench.speed_table OUT.json [--rows "qlora 8b" "lora 1b" ...] [--seconds 540] [--runs 3] [--steps 50]
 [--skip 10] [--models FOLDER]`. Without `--rows` every row is measured, in the order of ROWS, and all of them RUNS times
 as far as the seconds allow. OUT.json is written after every measurement, so that a run that is cut off keeps its
-results. The checkpoints are random and made here. All stacks have the same checkpoint, rows of the same lengths and an
-adapter of the same rank on the same layers; the peers' packages must be importable. The next process imports its
-packages while the one before it loads its model, so `seconds` are those of a preloaded process. Needs a GPU.
+results. The checkpoints are random and made here. All stacks have the same checkpoint, the same rows in the same
+order and an adapter of the same rank on the same layers; the peers' packages must be importable. The next process
+imports its packages while the one before it loads its model, so `seconds` are those of a preloaded process. Needs a
+GPU.
 """
 
 import argparse
@@ -172,7 +173,7 @@ def command(stack: str, bench: Bench, row: Row) -> list[str]:
         settings |= {"liger": 1, "ckpt": 0}
     given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     switches = ["--unsloth"] * (stack == "unsloth") + ["--packing"] * row.packing
-    return ["bench.train_trl", *model, *given, *switches]
+    return ["bench.train_trl", *model, *given, *switches, "--job-rows"]
 
 
 def begin(name: str, stack: str, bench: Bench) -> Measurement:

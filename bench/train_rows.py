@@ -1,12 +1,20 @@
-"""The rows of the speed measurements: random tokens, all of them labelled, the same for every trainer."""
+"""The rows of the speed measurements: random tokens, nearly all of them labelled, the same for every trainer."""
 
 import random
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
 
 from worker.trainer.data import Row, order
 
 SEED = 0
 LONGEST = 2048
 SHORTEST = 31
+SHUFFLED_BY = 7
+"""The seed of the runs that are measured as jobs run."""
+_AROUND = 21
+"""Tokens of a chat's row outside its answer."""
 
 
 def lengths(kind: str, count: int) -> list[int]:
@@ -32,6 +40,24 @@ def of_lengths(wanted: list[int]) -> list[Row]:
 def rows(count: int, length: int) -> list[Row]:
     """Returns `count` rows of `length` tokens."""
     return of_lengths([length] * count)
+
+
+def chats(wanted: list[int]) -> list[dict[str, Any]]:
+    """Returns rows of a file, of these lengths: answers of letters that the tokenizer of `make_model` never merges."""
+    numbers = random.Random(1)
+    answers = ["".join(numbers.choice("JQXZ") for _ in range(length - _AROUND)) for length in wanted]
+    return [
+        {"messages": [{"role": "user", "content": "QXJZ"}, {"role": "assistant", "content": answer}]}
+        for answer in answers
+    ]
+
+
+def as_a_job_reads(model: Path, wanted: list[int]) -> list[list[int]]:
+    """Returns the token ids of `chats` in the order in which a job's first epoch sees them."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in chats(wanted)]
+    ids: list[list[int]] = tokenizer(rows, add_special_tokens=False)["input_ids"]
+    return [ids[i] for i in order(len(ids), SHUFFLED_BY, 0)]
 
 
 def in_order(made: list[Row]) -> list[list[int]]:

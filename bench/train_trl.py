@@ -1,5 +1,7 @@
 """Runs TRL's SFTTrainer, plain, with Liger or with Unsloth, on train_ours.py's rows in the same order.
 
+With `--job-rows` on those of job_speed.py; there every token is labelled, while a job labels those of answers alone.
+
 Prints one JSON line like that of train_ours.py. `--wait`: it imports everything, then waits for a line on standard
 input.
 """
@@ -22,7 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from bench.train_rows import in_order, lengths, of_lengths
+from bench.train_rows import as_a_job_reads, in_order, lengths, of_lengths
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--lengths", choices=["full", "long", "real"], default="full")
     parser.add_argument("--rows", type=int, help="of the whole run; with --packing it has as many steps as they fill")
     parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--job-rows", action="store_true")
     parser.add_argument("--wait", action="store_true")
     a = parser.parse_args()
     if a.wait:
@@ -90,7 +93,8 @@ def main() -> None:
     began = time.monotonic()
     model, tokenizer, lora = _unsloth(a) if a.unsloth else _plain(a)
     clock, wanted = Clock(a.skip), lengths(a.lengths, a.rows or a.steps * a.bs)
-    made = in_order(of_lengths([min(length, a.seq) for length in wanted]))
+    wanted = [min(length, a.seq) for length in wanted]
+    made = as_a_job_reads(a.model, wanted) if a.job_rows else in_order(of_lengths(wanted))
     settings = SFTConfig(
         output_dir="/tmp/trl", per_device_train_batch_size=a.bs, gradient_accumulation_steps=1,
         packing=a.packing, **({"num_train_epochs": 1} if a.packing else {"max_steps": a.steps}),
