@@ -243,4 +243,4 @@ def test_the_program_says_why_in_one_line(tmp_path: Path, base: Path, good: Path
     command = [sys.executable, "-m", "worker.trainer.adapter_import", str(folder)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == EXIT_USER_ERROR
-    assert "by adapter_config.json on this base" in ended.stderr.splitlines()[-1]
+    assert "according to adapter_config.json on this base" in ended.stderr.splitlines()[-1]
