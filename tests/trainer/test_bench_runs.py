@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from bench import clean, grid, job_speed, replay, speed_table, task_runs
+from bench import clean, grid, job_speed, replay, speed_chart, speed_table, task_runs
 from bench.task_runs import Machine, Work
 from tunery.spec import Lora
 
@@ -167,3 +167,21 @@ def test_table_of_speeds_compares_medians_with_the_fastest_peer() -> None:
     assert ours.startswith("| qlora 8b | tunery | 100/130/140 | 130 | 1.444 |")
     assert "| 9.0, 7.0 |" in ours
     assert last.startswith("| generation 8b | generation | 30 | 30 | 1.5 |")
+
+
+def test_the_chart_of_the_docs_is_that_of_the_recorded_speeds() -> None:
+    assert speed_chart.draw(json.loads(speed_chart.RESULT.read_text())) == speed_chart.CHART.read_text()
+
+
+def test_a_chart_leaves_out_a_stack_that_failed() -> None:
+    failed, peer = [{"failed": "cut off"}], [{"tok_s": 5}]
+    rows = {
+        "qlora 8b": {"runs": {"tunery": [{"tok_s": 9}], "unsloth": failed, "trl-liger": peer}},
+        "lora 8b": {"runs": {"tunery": failed, "unsloth": peer}},
+        "lora 1b": {"runs": {"tunery": peer, "unsloth": [{"tok_s": 10}]}},
+    }
+    drawn = speed_chart.draw({"gpu": "a GPU", "date": "2026-11-29T00:00:00", "rows": rows})
+    assert "TRL with Liger 5<" in drawn
+    assert "1.80x" in drawn
+    assert "0.50x" in drawn
+    assert "LoRA 8B" not in drawn.replace("QLoRA 8B", "")
