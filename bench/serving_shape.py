@@ -19,9 +19,9 @@ from tunery.storage import Directory
 from worker.server.bank import Bank
 from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
-from worker.server.decode_graphs import recorder_for
 from worker.server.factors import Factors, Site
 from worker.server.streams import Alone
+from worker.trainer.decoding.graphs import recorder_for
 from worker.trainer.rope import LengthRope
 
 LLAMA_8B = LlamaConfig(

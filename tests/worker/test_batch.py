@@ -10,8 +10,9 @@ from streamed import PROMPTS, TOKENS, alone, greedy, read
 
 from worker.server import batch as batches
 from worker.server import slots
-from worker.server.batch import Batch, Row, can_batch
+from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
+from worker.trainer.decoding import passes
 
 IN_EVERY_RUN = ("Llama", "Gemma 2", "Mistral")
 """One model for each kind of mask."""
@@ -56,14 +57,14 @@ def together(batch: Batch, prompts: list[list[int]], every: int = 3) -> list[lis
 @pytest.mark.parametrize("family", [*IN_EVERY_RUN, *(pytest.param(one, marks=pytest.mark.slow) for one in BATCHED)])
 def test_answers_of_a_batch_are_those_of_each_alone(family: str, tmp_path: Path) -> None:
     model = read(zoo.make(family, tmp_path / "base"))
-    assert can_batch(model)
+    assert passes.are_known(model)
 
     assert together(Batch(model), PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("family", ["Phi-3 longrope", "Llama, dynamic", "GPT-2"])
 def test_other_models_share_no_passes(family: str, tmp_path: Path) -> None:
-    assert not can_batch(read(zoo.make(family, tmp_path / "base")))
+    assert not passes.are_known(read(zoo.make(family, tmp_path / "base")))
 
 
 def test_long_prompt_is_read_between_the_steps_of_others(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

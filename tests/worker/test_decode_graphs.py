@@ -16,12 +16,13 @@ import zoo
 from op_recorder import OpRecorder
 from streamed import PROMPTS, greedy, make, read
 
-from worker.server import decode_graphs, factors, models, slots
+from worker.server import factors, models, slots
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
-from worker.server.decode_graphs import DecodeGraphs, recorder_for
 from worker.server.models import Base, Source
 from worker.server.streams import Alone, Stream
+from worker.trainer.decoding import graphs as decode_graphs
+from worker.trainer.decoding.graphs import DecodeGraphs, recorder_for
 from worker.trainer.rope import LengthRope
 
 TOKENS = 14

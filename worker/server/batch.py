@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
-from worker.server.decode_graphs import Recorder
-from worker.server.lane import BY_LAYER, ONE_MASK, WIDTH_STEP, Adapters, Lane
+from worker.server.lane import WIDTH_STEP, Adapters, Lane
 from worker.server.slots import Parts
-from worker.trainer import grouped_attention, rope
+from worker.trainer import grouped_attention
+from worker.trainer.decoding.graphs import Recorder
 
 PROMPT_TOKENS = 512
 """Prompt tokens read between two steps of the running rows."""
@@ -25,13 +25,6 @@ _MANY = 16
 """Rows that share passes, of which a long one is the cost."""
 _LONG = 1024
 """The fewest tokens of rows that share no passes with shorter ones."""
-
-
-def can_batch(model: Any) -> bool:
-    """Whether rows of different lengths may share the model's passes: only models known to use given masks and
-    positions.
-    """
-    return model.config.model_type in BY_LAYER | ONE_MASK and not rope.of(model)
 
 
 class Row:

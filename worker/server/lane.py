@@ -1,24 +1,21 @@
 """Rows of similar length, which share forward passes and the length of their slots."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from worker.server.decode_graphs import DecodeGraphs, Recorder
 from worker.server.slots import Slots
-from worker.trainer import grouped_attention
+from worker.trainer.decoding.graphs import DecodeGraphs, Recorder
+from worker.trainer.decoding.passes import Passes
 
 if TYPE_CHECKING:
     from worker.server.batch import Row
 
 WIDTH_STEP = 32
 """The width of a pass over prompts is a multiple of this: prompts that differ by less end in the same pass."""
-
-BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
-ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Lane:
         """`recorder`: records passes over one token of each row; None: no pass is recorded."""
         self._graphs = None if recorder is None else DecodeGraphs(recorder)
         self.slots = Slots(model)
+        self._passes = Passes(model, self.slots)
         self.rows: list[Row] = []
         self.running = 0
         self._model = model
@@ -139,47 +137,16 @@ class Lane:
             if graphs is not None and not graphs.is_broken and width == 1 and slots == list(range(len(rows))):
                 logits = self._by_graph(graphs, laid, ids, places)
             else:
-                logits = self._logits(ids, self.slots.place(slots, places))
+                logits = self._passes.read(ids, self.slots.place(slots, places))
         return _results(logits, [row.is_greedy for row, _ in rows])
 
     def _by_graph(self, graphs: DecodeGraphs, laid: Laid, ids: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
         """Returns the logits of a pass in which each of the first rows reads one token."""
         reach = self.slots.reach(max(map(max, places)) + 1)
-
-        def work(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            self.slots.place_all(positions, reach)
-            return self._logits(ids, positions)
-
         addresses = self.slots.version, laid.version
         positions = torch.tensor(places, device=ids.device)
+        work = partial(self._passes.step, reach=reach)
         return graphs.logits(addresses, (len(places), reach, laid.plan), ids, positions, work)
-
-    def _logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Returns the logits [rows, vocabulary] after the last token of each row of a pass that has been placed."""
-        logits: torch.Tensor = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self._masks(),
-            past_key_values=self.slots,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits[:, -1]
-
-    def _masks(self) -> Mapping[str, torch.Tensor] | torch.Tensor:
-        config = self._model.config
-        window = getattr(config, "sliding_window", None)
-        if config.model_type in BY_LAYER:
-            kinds = {"full_attention": None, "sliding_attention": window}
-            return {kind: self._mask(width) for kind, width in kinds.items()}
-        return self._mask(window)
-
-    def _mask(self, window: int | None) -> torch.Tensor:
-        visible = self.slots.visible(window)
-        if self._model.config._attn_implementation in {"sdpa", grouped_attention.NAME}:
-            return visible
-        added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
-        return added.masked_fill(~visible, torch.finfo(added.dtype).min)
 
     def _laying(self, adapters: list[Any]) -> AbstractContextManager[Laid]:
         return nullcontext(Laid()) if self._adapters is None else self._adapters.on(adapters)

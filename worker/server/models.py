@@ -19,12 +19,13 @@ from tunery.errors import TuneryError
 from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision
 from worker.server.bank import Bank
-from worker.server.batch import Batch, can_batch
+from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
-from worker.server.decode_graphs import recorder_for
 from worker.server.factors import Factors
 from worker.server.streams import Alone, Stream
 from worker.trainer import rope
+from worker.trainer.decoding import passes
+from worker.trainer.decoding.graphs import recorder_for
 from worker.trainer.recipes.qlora import load_quantised
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Base:
         self.bank = Bank(self.model)
         self.memory = memory
         recorder = recorder_for(self.model) if source.graphs else None
-        self.batch = Batch(self.model, self.bank, memory, recorder=recorder) if can_batch(self.model) else None
+        self.batch = Batch(self.model, self.bank, memory, recorder=recorder) if passes.are_known(self.model) else None
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """Returns the logits after a prompt."""

@@ -21,10 +21,14 @@ class Borders:
     """Where rows begin and end: `ends` [rows + 1], int32 from 0, on the device; `longest`: the most tokens of a row.
 
     Without `ends` every sequence of the batch is one row, padded at the right, where causal attention never looks.
+    `key_ends`, `longest_keys`: the same of the keys, of which each row has at least as many as queries: its last query
+    sees all. None: as many.
     """
 
     ends: Tensor | None = None
     longest: int = 0
+    key_ends: Tensor | None = None
+    longest_keys: int = 0
 
     def of_windows(self, window: int | None, batch: int, width: int, device: torch.device) -> "Borders":
         """Returns the borders with `ends` if a window is narrower than the sequences, which torch's rectangles do not
@@ -39,12 +43,13 @@ def plain(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
     """Computes attention by definition, row by row. [tokens, heads, width] each; key and value may have fewer heads."""
     assert borders.ends is not None
     outs = []
-    ends = borders.ends.tolist()
-    for start, end in (pair for pair in itertools.pairwise(ends) if pair[0] < pair[1]):
-        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
-        mask = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).tril()
+    of_queries, of_keys = (list(itertools.pairwise(ends.tolist())) for ends in (borders.ends, _key_ends(borders)))
+    for (start, end), own in (pair for pair in zip(of_queries, of_keys, strict=True) if pair[0][0] < pair[0][1]):
+        q, k, v = (part.transpose(0, 1) for part in (query[start:end], key[slice(*own)], value[slice(*own)]))
+        earlier = k.shape[1] - q.shape[1]
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=query.device).tril(earlier)
         if window is not None:
-            mask = mask.triu(1 - window)
+            mask = mask.triu(earlier + 1 - window)
         outs.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
     return torch.cat([out.transpose(0, 1) for out in outs])
 
@@ -62,10 +67,17 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
         extra["window_size"] = (-1 if window is None else window - 1, 0)
     if "enable_gqa" in known:
         extra["enable_gqa"] = True
-    ends, longest = borders.ends, borders.longest
-    out = kernel(query, key, value, ends, ends, longest, longest, scale=scale, **extra)
+    longest = borders.longest
+    extents = borders.ends, _key_ends(borders), longest, borders.longest_keys or longest
+    out = kernel(query, key, value, *extents, scale=scale, **extra)
     assert isinstance(out, Tensor)
     return out
+
+
+def _key_ends(borders: Borders) -> Tensor:
+    ends = borders.ends if borders.key_ends is None else borders.key_ends
+    assert ends is not None
+    return ends
 
 
 def available(width: int, window: int | None) -> bool:

@@ -18,9 +18,9 @@ from worker.trainer import experts
 log = logging.getLogger(__name__)
 
 MOST = 16
-"""The most graphs that a lane keeps."""
-_EAGER = 2
-"""Passes of a kind before it is recorded: rows join and leave so often that many kinds never recur."""
+"""The most graphs that are kept."""
+RARE = 2
+"""Passes of a kind before it is recorded, where rows join and leave so often that many kinds never recur."""
 _TOLERANCE = 0.1
 """The relative difference of a row's logits by a graph from those of the same pass without one. On an H200 the same
 pass of an 8B model in bf16, computed twice, differed by up to 0.043 in a batch of 32 (cuBLAS splits sums among blocks
@@ -79,10 +79,12 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """The recorded passes of one lane."""
+    """The recorded passes over one cache."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, *, eager: int = RARE) -> None:
+        """`eager`: the passes of a kind before it is recorded."""
         self._recorder = recorder
+        self._eager = eager
         self._addresses: Hashable = None
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
@@ -122,7 +124,7 @@ class DecodeGraphs:
         self._seen[kind] = self._seen.pop(kind, 0) + 1
         if len(self._seen) > MOST:
             self._seen.popitem(last=False)
-        return self._seen.get(kind, 0) > _EAGER
+        return self._seen.get(kind, 0) > self._eager
 
     def _record(
         self, kind: Hashable, tokens: torch.Tensor, positions: torch.Tensor, work: Work, wanted: torch.Tensor
@@ -139,7 +141,7 @@ class DecodeGraphs:
         except torch.OutOfMemoryError:
             self.clear()  # there may be room later
             return
-        except RuntimeError as failure:
+        except Exception as failure:  # noqa: BLE001  whatever it is, the pass itself has succeeded
             self._give_up(str(failure).partition("\n")[0])
             return
         if not error <= _TOLERANCE:  # NaN too
