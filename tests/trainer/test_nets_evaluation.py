@@ -10,6 +10,8 @@ from run_folders import chat, lay_out, plan
 from tunery.rows.messages import Example
 from tunery.spec import Evaluation, Lora
 from worker.trainer import validation
+from worker.trainer.decoding import decoder
+from worker.trainer.generation import Greedy
 from worker.trainer.loop import train
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
@@ -71,25 +73,28 @@ def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path,
     assert (loss, accuracy) == pytest.approx((total / labels, correct / labels), rel=1e-5)
 
 
-def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("against", [None, "by transformers"])
+def test_answer_ends_with_the_stop_token(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, against: str | None
+) -> None:
     """Cutting a longer answer afterwards would give the same text, but every row would cost max_new_tokens."""
+    monkeypatch.setattr(decoder, "reason_against", lambda _: against)
     evaluation = Evaluation(max_new_tokens=60)
     t = start(tmp_path / "run", tiny, n_epochs=30, technique=Lora(r=16), evaluation=evaluation)
     train(t, Progress())
     asked = answers.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
-    generate, widths = t.objective.causal.generate, []
+    passes: list[int] = []
 
-    def measured(**given: Any) -> torch.Tensor:
-        out: torch.Tensor = generate(**given)
-        widths.append(out.shape[1] - given["input_ids"].shape[1])
-        return out
+    def count(_causal: Any, _args: Any, given: dict[str, Any]) -> None:
+        passes.append(given["input_ids"].shape[1] if given["use_cache"] else 0)
 
-    monkeypatch.setattr(t.objective.causal, "generate", measured)
+    t.objective.causal.register_forward_pre_hook(count, with_kwargs=True)
 
     found = answers.generate(t, asked, base=False)
 
     assert found == [question.wanted for question in asked]
-    assert widths == [max(map(len, found)) + 1]  # one token a byte, and the stop token
+    steps = passes[passes.index(max(passes)) + 1 :]  # after the prompts
+    assert steps.count(1) == max(map(len, found))  # one token a byte; the last pass gives the stop token
     assert t.objective.training
 
 
@@ -106,24 +111,26 @@ def test_base_is_asked_without_its_adapter(tmp_path: Path, tiny: Path) -> None:
     assert base != tuned
 
 
+@pytest.mark.parametrize("against", [None, "by transformers"])
 def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, against: str | None
 ) -> None:
+    monkeypatch.setattr(decoder, "reason_against", lambda _: against)
     t = start(tmp_path / "run", tiny, evaluation=Evaluation(max_new_tokens=4))
     asked = answers.questions(t.template, [Example.model_validate(row) for row in ROWS])
     wanted = answers.generate(t, asked, base=False)
-    usual, sizes, most = answers._generate_batch, [], 3
+    usual, sizes, most = Greedy.answer, [], 3
 
-    def generate(t: Training, prompts: list[list[int]], limit: int) -> list[str]:
+    def answer(greedy: Greedy, prompts: list[list[int]]) -> list[list[int]]:
         sizes.append(len(prompts))
         if len(prompts) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return usual(t, prompts, limit)
+        return usual(greedy, prompts)
 
-    monkeypatch.setattr(answers, "_generate_batch", generate)
+    monkeypatch.setattr(Greedy, "answer", answer)
 
     assert answers.generate(t, asked, base=False) == wanted
-    assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]  # 16 at once on a CPU, halved after each failure
+    assert sizes == [10, 5, 2, 2, 2, 2, 2]  # halved after each failure
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         answers.generate(t, asked, base=False)

@@ -124,6 +124,7 @@ def test_record_says_which_way_each_part_took(
         "rows": "padded",
         "recompute": False,
         "graphs": {"path": "plain", "why": "not on a GPU"},
+        "answers": {"path": "decoder"},
         "ranks": 1,
         "sharding": "replicate",
     }

@@ -13,6 +13,8 @@ from templates import QWEN3_LIKE
 
 from tunery.rows.messages import Example
 from tunery.spec import Evaluation
+from worker.trainer import generation
+from worker.trainer.decoding import decoder
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
@@ -148,8 +150,12 @@ def test_rows_that_want_an_empty_answer_are_left_out(tmp_path: Path, tiny: Path)
     assert [question.wanted for question in asked] == ["Hello!"]
 
 
-def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of different lengths are padded on the left, and the padding must have no effect."""
+@pytest.mark.parametrize("against", [None, "by transformers"])
+def test_answers_do_not_depend_on_the_batch(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, against: str | None
+) -> None:
+    """Prompts of different lengths are padded by transformers, and the padding must have no effect."""
+    monkeypatch.setattr(decoder, "reason_against", lambda _: against)
     rows = [chat(i, words=1 + 2 * i) for i in range(6)]
     t = prepare(
         lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=12)), rows),
@@ -159,16 +165,17 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
     asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
 
     together = answers.generate(t, asked, base=False)
-    monkeypatch.setattr(answers, "ANSWER_BATCH", {"cpu": 1})
-    alone = answers.generate(t, asked, base=False)
+    alone = [answers.generate(t, [one], base=False)[0] for one in asked]
 
     assert together == alone
+    assert t.objective.against_decoder == against
     assert len(set(alone)) > 1
 
 
-@pytest.mark.parametrize(("asked", "limit"), [("auto", 41), (7, 7)])
+@pytest.mark.parametrize(("asked", "limit"), [("auto", 41), (7, 7), (1, 1)])
+@pytest.mark.parametrize("against", [None, "by transformers"])
 def test_answers_end_at_the_limit(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, limit: int
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, limit: int, against: str | None
 ) -> None:
     """With one token a character, the longest expected answer has 25 tokens, and 16 are allowed in addition."""
     row = chat(0)
@@ -176,18 +183,20 @@ def test_answers_end_at_the_limit(
     settled = plan(evaluation=Evaluation(max_new_tokens=asked))
     t = prepare(lay_out(tmp_path / "run", tiny, settled, [row, chat(1)]), MessageWriter(None), StopSignal())
     questions = answers.questions(t.template, [Example.model_validate(each) for each in (row, chat(1))])
-    causal, limits = t.objective.causal, []
-    generate = causal.generate
+    monkeypatch.setattr(decoder, "reason_against", lambda _: against)
 
-    def measured(**given: Any) -> Any:
-        limits.append(causal.generation_config.max_new_tokens)
-        return generate(**given)
+    limits, make = [], generation.Greedy
 
-    monkeypatch.setattr(causal, "generate", measured)
+    def making(causal: Any, template: Any, most: int, *args: Any) -> generation.Greedy:
+        limits.append(most)
+        return make(causal, template, most, *args)
 
-    assert len(answers.generate(t, questions, base=False)) == 2
-    assert answers.token_limit(settled.evaluation, questions) == limit
+    monkeypatch.setattr(generation, "Greedy", making)
+
+    assert max(map(len, answers.generate_ids(t, questions, base=False))) <= limit
     assert limits == [limit]
+    assert answers.token_limit(settled.evaluation, questions) == limit
+    assert t.objective.against_decoder == against
 
 
 def test_stop_is_heard_between_batches(tmp_path: Path, tiny: Path) -> None:

@@ -10,9 +10,10 @@ from run_folders import Ear, chat, lay_out, plan, said
 
 from tunery.spec import Evaluation, General
 from worker.trainer import step_timer
+from worker.trainer.decoding import decoder
+from worker.trainer.generation import Greedy
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.scoring import answers
 from worker.trainer.step_timer import StepTimer, Work
 from worker.trainer.stop_signal import StopSignal
 
@@ -84,14 +85,14 @@ def test_a_run_says_how_long_answering_and_saving_take(
     tmp_path: Path, tiny: Path, ear: Ear, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [chat(i) for i in range(4)]
-    given = answers._generate_batch
+    given = Greedy.answer
 
-    def slow(*arguments: Any) -> list[str]:
+    def slow(*arguments: Any) -> list[list[int]]:
         clock[0] += 10
         return given(*arguments)
 
-    monkeypatch.setattr(answers, "_generate_batch", slow)
-    monkeypatch.setattr(answers, "ANSWER_BATCH", {"cpu": 2})
+    monkeypatch.setattr(Greedy, "answer", slow)
+    monkeypatch.setattr(decoder, "MOST_ROWS", {"cpu": 2})
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(enabled=False))
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=2, evaluation=evaluation), rows, rows, rows)
 

@@ -8,10 +8,10 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 
 from tunery.failures import InvalidTrainingFile
 from tunery.spec import EarlyStopping, Evaluation, Lora
+from worker.trainer.generation import Greedy
 from worker.trainer.loop import train
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
-from worker.trainer.scoring import answers
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress
 
@@ -68,18 +68,14 @@ def test_a_stop_during_an_evaluation_loses_none_of_it(
     settled = plan(n_epochs=4, early_stopping=by_task, evaluation=Evaluation(task_rows=4))
     unbroken = lay_out(tmp_path / "unbroken", tiny, settled, ROWS, ROWS)
     assert carry_out(unbroken, MessageWriter(None), StopSignal())
-    folder, stop_signal, usual = (
-        lay_out(tmp_path / "broken", tiny, settled, ROWS, ROWS),
-        StopSignal(),
-        answers._generate_batch,
-    )
+    folder, stop_signal, usual = lay_out(tmp_path / "broken", tiny, settled, ROWS, ROWS), StopSignal(), Greedy.answer
 
-    def stopping(*arguments: Any) -> list[str]:
+    def stopping(*arguments: Any) -> list[list[int]]:
         stop_signal.received = True
         return usual(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "_generate_batch", stopping)
+        patch.setattr(Greedy, "answer", stopping)
         assert not carry_out(folder, MessageWriter(None), stop_signal)
     assert carry_out(folder, MessageWriter(None), StopSignal())
 

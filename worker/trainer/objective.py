@@ -39,6 +39,7 @@ class Objective(nn.Module):
         self.recomputes = False
         self.is_sharded = False  # see sharding.py
         self.noise: Noise | None = None
+        self.against_decoder: str | None = None  # why transformers generated the answers of the last evaluation
         self.knows_borders = decoder.borders_known(self.causal)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 from tunery.spec import Plan
 from worker.trainer import cuda_graphs
 from worker.trainer.memory import MemoryPlan
+from worker.trainer.scoring import answers
 from worker.trainer.training import Training
 
 _KERNELS = "worker.trainer.kernels."
@@ -27,6 +28,7 @@ def describe(t: Training) -> dict[str, Any]:
         "packing": _path("packed", _against_packing(t.stepper.memory, t.plan)),
         "recompute": t.stepper.memory.recompute,
         "graphs": _path("recorded", _against_graphs(t)),
+        "answers": _path("decoder", answers.against_decoder(t)),
         "ranks": t.ranks.count,
         "sharding": "replicate" if t.shards is None else "full_shard",
     }

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tunery.rows.encoding import find_encoder
 from tunery.rows.preferences import Pair
 from tunery.trainer_protocol import GeneralScore, Phase, Score
-from worker.trainer import report
+from worker.trainer import generation, report
 from worker.trainer.data import read_parsed
 from worker.trainer.general import measure as general
 from worker.trainer.scoring import answers, greedy, preferences, scorecard, unquantised
@@ -34,7 +34,7 @@ def questions(t: Training) -> Asked:
     asked = answers.questions(t.template, examples)
     models = 4 if unquantised.is_asked(t) else 2  # base and tuned model, perhaps in two precisions
     count = models * len(asked[t.ranks.index :: t.ranks.count])
-    batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
+    batch, tokens = generation.rows_at_once(t.objective.causal), answers.token_limit(t.plan.evaluation, asked)
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
     t.timer.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
     return asked

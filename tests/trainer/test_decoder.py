@@ -1,0 +1,258 @@
+"""The decoder answers as a model that reads each whole row alone, without a cache."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from op_recorder import OpRecorder
+from run_folders import chat, lay_out, plan
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tunery.rows.messages import Example
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Evaluation, Full, Lora, Qlora, Technique
+from worker.trainer import generation
+from worker.trainer.decoding import decoder
+from worker.trainer.decoding.cache import Cache
+from worker.trainer.decoding.decoder import Decoder
+from worker.trainer.report import MessageWriter
+from worker.trainer.run import prepare
+from worker.trainer.scoring import answers
+from worker.trainer.stop_signal import StopSignal
+
+KNOWN = ("Llama", "Qwen2", "Qwen3", "Gemma 3", "Mistral", "Phi", "Phi-3", "Granite", "Cohere2", "SmolLM3")
+IN_EVERY_RUN = ("Llama", "Gemma 3", "Qwen3")
+"""One without windows, one with a mask for each kind of layer, one with norms of queries and keys."""
+LIMIT = 40
+STOPS = frozenset((2, 7, 33, 54, 77, 84, 101, 120, 162, 178, 200))
+"""So many that answers of all lengths end in them."""
+PROMPTS = [[3 + (length * i * 7) % 250 for i in range(length)] for length in (3, 7, 12, 20, 21, 35, 50)]
+TOGETHER = [[5, 6, 7] + [9] * 20 + prompt for prompt in PROMPTS]
+
+
+def read(base: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+
+
+def alone(model: Any, prompt: list[int], limit: int = LIMIT) -> list[int]:
+    """Returns the answer of passes over whole rows."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + limit and (ids == prompt or ids[-1] not in STOPS):
+            logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def answer(model: Any, prompts: list[list[int]], limit: int = LIMIT, **options: Any) -> list[list[int]]:
+    with torch.no_grad():
+        return Decoder(model, STOPS, limit, **options).answer(prompts)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return read(zoo.make("Llama", tmp_path_factory.mktemp("llama") / "base"))
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=() if each in IN_EVERY_RUN else pytest.mark.slow) for each in KNOWN]
+)
+def test_answers_of_a_batch_are_those_of_each_alone(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes of all sizes: over several prompts, over one, over those that begin alike, and with fewer rows."""
+    monkeypatch.setattr(decoder, "PROMPT_TOKENS", {"cpu": 40})
+    model = read(zoo.make(family, tmp_path / "base"))
+    assert decoder.reason_against(model) is None
+    for prompts in (PROMPTS, TOGETHER, PROMPTS[:1]):
+        assert answer(model, prompts) == [alone(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", sorted(set(zoo.FAMILIES) - set(KNOWN)))
+def test_other_models_are_left_to_transformers(family: str, tmp_path: Path) -> None:
+    model = read(zoo.make(family, tmp_path / "base"))
+    assert decoder.reason_against(model)
+    assert generation.rows_at_once(model) == generation.PLAIN_BATCH["cpu"]
+
+
+@pytest.mark.parametrize("every", [1, 4, 8])
+@pytest.mark.parametrize("limit", [1, 2, 18, LIMIT])
+def test_tokens_after_the_stop_token_are_left_out(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, limit: int, every: int
+) -> None:
+    monkeypatch.setattr(decoder, "UNREAD", {"cpu": every})
+    assert answer(llama, PROMPTS, limit) == [alone(llama, prompt, limit) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("reach", [8, 32, 256])
+def test_recorded_steps_answer_as_others_do(llama: Any, monkeypatch: pytest.MonkeyPatch, reach: int) -> None:
+    """Also when the part of the cache that is read grows, and when rows that have ended leave."""
+    monkeypatch.setattr(decoder, "REACH", {"cpu": reach})
+    monkeypatch.setattr(decoder, "_SHRINK", 1)
+    recorder = OpRecorder()
+    assert answer(llama, PROMPTS, recorder=lambda: recorder) == [alone(llama, prompt) for prompt in PROMPTS]
+    assert recorder.recorded > 1
+    assert recorder.replayed > recorder.recorded
+
+
+def test_few_steps_are_not_recorded(llama: Any) -> None:
+    recorder = OpRecorder()
+    assert answer(llama, PROMPTS, 16, recorder=lambda: recorder) == [alone(llama, prompt, 16) for prompt in PROMPTS]
+    assert recorder.recorded == 0
+
+
+def test_steps_that_cannot_be_recorded_run_without(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = OpRecorder()
+
+    def record(_work: Callable[[], Tensor]) -> Any:
+        raise TypeError("a fault of any kind")
+
+    recorder.record = record  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING):
+        assert answer(llama, PROMPTS, recorder=lambda: recorder) == [alone(llama, prompt) for prompt in PROMPTS]
+    assert caplog.messages == ["decoding steps are not recorded as CUDA graphs: a fault of any kind"]
+
+
+def test_rows_that_have_ended_leave_the_batch(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    step = decoder.Passes.step
+
+    def counted(passes: Any, tokens: Tensor, *args: Any, **options: Any) -> Tensor:
+        counts.append(len(tokens))
+        return step(passes, tokens, *args, **options)
+
+    monkeypatch.setattr(decoder.Passes, "step", counted)
+    lengths = sorted(len(alone(llama, prompt)) for prompt in PROMPTS)
+    answer(llama, PROMPTS)
+    assert counts[0] == len(PROMPTS)
+    assert counts[-1] <= len(PROMPTS) // 2
+    assert len(counts) == lengths[-1] - 1
+
+
+def test_prompts_that_are_one_the_beginning_of_the_other(llama: Any) -> None:
+    prompts = [TOGETHER[3][: 20 + i] for i in (0, 3, 3, 9)]
+    assert answer(llama, prompts) == [alone(llama, prompt) for prompt in prompts]
+
+
+def test_what_all_prompts_begin_with_is_read_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_tokens = 0
+    place = Cache.place_packed
+
+    def counted(cache: Cache, first: int, lengths: list[int], prefix: int) -> Any:
+        nonlocal read_tokens
+        read_tokens += sum(lengths)
+        return place(cache, first, lengths, prefix)
+
+    monkeypatch.setattr(Cache, "place_packed", counted)
+    answer(llama, TOGETHER, 1)
+    assert read_tokens == 24 + sum(len(prompt) - 1 for prompt in PROMPTS)
+
+
+def test_a_batch_is_as_large_as_memory_and_its_padding_allow(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Decoder(llama, STOPS, 8)
+    position = made._cache.bytes_a_position
+    assert made.batch_size([10] * 40) == decoder.MOST_ROWS["cpu"]
+    made._weights = 100 * position
+    assert made.batch_size([10, 10, 60, 60]) == 4  # 50 positions of padding for each of the first two
+    assert made.batch_size([10, 10, 61, 61]) == 2
+    monkeypatch.setattr(made, "_room", lambda: 3 * 24 * position)
+    assert made.batch_size([10] * 40) == 3
+    assert made.batch_size([100, 100]) == 1  # a row alone is tried whatever the room
+
+
+@pytest.mark.parametrize("fault", ["mask", "positions", "raises"])
+def test_a_model_that_differs_is_left_to_transformers(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    model, template = read(tiny), ChatTemplate.load(tiny)
+    wanted = generation.Greedy(model, template, 12, "by transformers").answer(PROMPTS)
+    visible, place = Cache.visible, Cache.place_packed
+
+    def wrong_mask(cache: Cache, window: int | None) -> Tensor:
+        if fault == "raises":
+            raise ValueError("a fault of any kind\nmore")
+        return visible(cache, window).roll(1, dims=-1)
+
+    def wrong_positions(cache: Cache, *args: Any) -> Any:
+        positions, borders = place(cache, *args)
+        return positions + torch.arange(positions.shape[1]), borders
+
+    monkeypatch.setattr(
+        *((Cache, "place_packed", wrong_positions) if fault == "positions" else (Cache, "visible", wrong_mask))
+    )
+    greedy = generation.Greedy(model, template, 12)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        assert greedy.answer(PROMPTS) == wanted
+    assert greedy.against is not None
+    assert ("a fault of any kind" if fault == "raises" else "differ from those of a plain pass") in greedy.against
+    assert "answers are generated by transformers" in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("technique", [Lora(), Qlora(), Full()], ids=["lora", "qlora", "full"])
+def test_every_technique_is_answered_by_the_decoder(tmp_path: Path, tiny: Path, technique: Technique) -> None:
+    settled = plan(technique=technique, evaluation=Evaluation(max_new_tokens=20))
+    rows = [chat(i, words=1 + i) for i in range(6)]
+    t = prepare(lay_out(tmp_path / "run", tiny, settled, rows), MessageWriter(None), StopSignal())
+    for name, parameter in t.parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
+    for base in (True, False):
+        together = answers.generate_ids(t, asked, base=base)
+        assert together == [answers.generate_ids(t, [one], base=base)[0] for one in asked]  # by transformers
+    assert t.objective.against_decoder is None
+    assert t.objective.training
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("family", IN_EVERY_RUN)
+def test_a_gpu_answers_in_fp32_as_each_row_alone(family: str, tmp_path: Path) -> None:
+    model = read(zoo.make(family, tmp_path / "base")).to("cuda")
+    for prompts in (PROMPTS, TOGETHER):
+        with torch.no_grad():
+            made = Decoder(model, STOPS, LIMIT)
+            assert made.answer(prompts) == [alone(model, prompt) for prompt in prompts]
+        assert made._graphs is not None
+        assert made._graphs._recorded
+        assert not made._graphs.is_broken
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("technique", [Lora(), Qlora(), Full()], ids=["lora", "qlora", "full"])
+def test_a_gpu_answers_in_bf16_as_each_row_alone_but_for_ties(
+    tmp_path: Path, technique: Technique, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the kernel for rows behind each other, which is for 16 bits alone, and 8 looks at the tokens."""
+    base = zoo.make("Llama", tmp_path / "base", hidden_size=128, head_dim=32, intermediate_size=256)
+    settled = plan(technique=technique, evaluation=Evaluation(max_new_tokens=60))
+    rows = [chat(i, words=1 + i) for i in range(12)]
+    t = prepare(lay_out(tmp_path / "run", base, settled, rows), MessageWriter(None), StopSignal())
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
+    given = answers.generate_ids(t, asked, base=False)
+    assert t.objective.against_decoder is None
+    assert "are not recorded" not in caplog.text
+    t.objective.eval()
+    with torch.no_grad(), t.objective.autocast():
+        for question, ids in zip(asked, given, strict=True):
+            _check(t.objective.causal, question.prompt_ids, ids)
+
+
+def _check(causal: Any, prompt: list[int], answer: list[int]) -> None:
+    """Checks that each token is the likeliest after those before it, or ties with that."""
+    ids = torch.tensor([prompt + answer], device=causal.device)
+    logits = causal(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    for best, own in zip(logits.max(dim=-1).values.tolist(), chosen.tolist(), strict=True):
+        assert best - own <= 4 * max(math.ulp(best) * 2**45, 2**-8)  # four neighbouring bf16 numbers
