@@ -34,6 +34,8 @@ def attend(
 def use(model: Any) -> None:
     """Lets a model that attends by `sdpa` attend by `attend`."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.trainer import experts, rope
+from worker.trainer import experts, grouped_attention, rope
 from worker.trainer.decoding import passes
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.graphs import DecodeGraphs, Recorder, recorder_for
@@ -34,9 +34,10 @@ _SHRINK = 64
 _SHARED = 16
 """The fewest tokens that all prompts begin with and for which they are read once."""
 _TOLERANCE = {torch.float32: 1e-3}
-_ROUNDED = 0.1
-"""The relative difference of a row's logits from those of a plain pass: rounding in bf16 changes some percent, a row
-that sees another or misses a token changes more.
+_ROUNDED = 0.25
+"""The relative difference of a row's logits from those of a plain pass. In bf16 the same pass of an 8B model differs
+from itself by up to 0.043 (`graphs`), and here the kernels and the number of rows differ too; logits of other rows or
+positions differ by more than 1.
 """
 
 
@@ -105,8 +106,12 @@ class Decoder:
 
         Raises Differs if the first batch's logits are not those of plain passes.
         """
+        self._cache.allocate(len(prompts), self._positions(max(map(len, prompts))))
+        with passes.attending(self._causal, grouped_attention.NAME):
+            return self._decode(prompts)
+
+    def _decode(self, prompts: list[list[int]]) -> list[list[int]]:
         longest = max(map(len, prompts))
-        self._cache.allocate(len(prompts), self._positions(longest))
         read = self._read(prompts)
         tokens = read.argmax(dim=-1, keepdim=True)
         positions = torch.tensor([[len(prompt)] for prompt in prompts], device=tokens.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from worker.trainer import grouped_attention, rope
 from worker.trainer.decoding.cache import Cache
@@ -14,7 +14,7 @@ from worker.trainer.kernels import attention
 
 BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
 ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
-_PACKED = "tunery_packed"
+_PACKED = "packed_rows"
 
 
 def are_known(model: Any) -> bool:
@@ -51,7 +51,7 @@ class Passes:
         assert borders.ends is not None
         # Of four axes, so that transformers passes it on unchanged. Attention reads the borders instead.
         mask = self._each(lambda _: positions.new_zeros(1, 1, 1, 1))
-        with _attention(self._model.config, _PACKED):
+        with attending(self._model, _PACKED):
             return self._logits(ids, positions, mask, logits_to_keep=borders.ends[1:] - 1, borders=borders)[0]
 
     def _logits(self, ids: Tensor, positions: Tensor, masks: Any, **options: Any) -> Tensor:
@@ -82,7 +82,9 @@ class Passes:
 
 
 @contextmanager
-def _attention(config: Any, name: str) -> Iterator[None]:
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Makes a model use an attention function of this name inside the block."""
+    config = model.config
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -103,4 +105,4 @@ def _packed(
     return attend(query, key, value, borders, scaling, sliding_window)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_PACKED, _packed)
+AttentionInterface.register(_PACKED, _packed)
