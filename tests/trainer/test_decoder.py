@@ -21,10 +21,11 @@ from worker.trainer import generation
 from worker.trainer.decoding import decoder
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.decoder import Decoder
+from worker.trainer.kernels import attention, projections
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
-from worker.trainer.stop_signal import StopSignal
+from worker.trainer.stop_signal import Stopped, StopSignal
 
 KNOWN = ("Llama", "Qwen2", "Qwen3", "Gemma 3", "Mistral", "Phi", "Phi-3", "Granite", "Cohere2", "SmolLM3")
 IN_EVERY_RUN = ("Llama", "Gemma 3", "Qwen3")
@@ -211,6 +212,52 @@ def test_every_technique_is_answered_by_the_decoder(tmp_path: Path, tiny: Path, 
     assert t.objective.training
 
 
+def test_four_bit_weights_are_unpacked_once_where_memory_allows(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled = plan(technique=Qlora(), evaluation=Evaluation(max_new_tokens=20))
+    rows = [chat(i, words=1 + i) for i in range(6)]
+    t = prepare(lay_out(tmp_path / "run", tiny, settled, rows), MessageWriter(None), StopSignal())
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
+    unpack, unpacked = projections._unpack, []
+
+    def counted(packed: Tensor, *args: Any) -> Tensor:
+        unpacked.append(packed.data_ptr())
+        return unpack(packed, *args)
+
+    monkeypatch.setattr(projections, "_unpack", counted)
+    wanted = answers.generate_ids(t, asked, base=False)
+    assert max(unpacked.count(place) for place in set(unpacked)) == 2  # for the cache's shapes, and to be kept
+
+    monkeypatch.setattr(Decoder, "_room", lambda _: 1)
+    unpacked.clear()
+    assert answers.generate_ids(t, asked, base=False) == wanted
+    assert min(unpacked.count(place) for place in set(unpacked)) > 10  # in each pass
+
+    assert not [module for module in t.objective.modules() if hasattr(module, "unpacked")]
+
+
+@pytest.mark.parametrize("end", [Stopped, torch.OutOfMemoryError])
+def test_nothing_is_kept_of_an_evaluation_that_ends_early(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, end: type[Exception]
+) -> None:
+    settled = plan(technique=Qlora(), evaluation=Evaluation(max_new_tokens=20))
+    t = prepare(
+        lay_out(tmp_path / "run", tiny, settled, [chat(i) for i in range(4)]), MessageWriter(None), StopSignal()
+    )
+    asked = answers.questions(t.template, [Example.model_validate(chat(i)) for i in range(4)])
+
+    def ending(_decoder: Decoder, _prompts: list[list[int]]) -> Any:
+        raise end
+
+    monkeypatch.setattr(Decoder, "answer", ending)
+    if end is Stopped:
+        t.stop_signal.received = True
+    with pytest.raises(end):
+        answers.generate_ids(t, asked, base=False)
+    assert not [module for module in t.objective.modules() if hasattr(module, "unpacked")]
+
+
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
 
 
@@ -256,3 +303,21 @@ def _check(causal: Any, prompt: list[int], answer: list[int]) -> None:
     chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
     for best, own in zip(logits.max(dim=-1).values.tolist(), chosen.tolist(), strict=True):
         assert best - own <= 4 * max(math.ulp(best) * 2**45, 2**-8)  # four neighbouring bf16 numbers
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_the_kernel_lets_rows_see_what_all_begin_with(prefix: int) -> None:
+    lengths = [5, 300, 1, 64]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    key_ends = ends + prefix * torch.arange(len(ends))
+    query, key, value = (
+        torch.randn(int(total), heads, 64, dtype=torch.bfloat16, device="cuda")
+        for total, heads in ((ends[-1], 8), (key_ends[-1], 2), (key_ends[-1], 2))
+    )
+    on_device = [each.to("cuda", torch.int32) for each in (ends, key_ends)]
+    borders = attention.Borders(on_device[0], max(lengths), on_device[1], max(lengths) + prefix)
+    found = attention.rows_apart(query, key, value, borders, 0.125, None)
+    wanted = attention.plain(query.float(), key.float(), value.float(), borders, 0.125, None)
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 1e-2

@@ -16,6 +16,7 @@ from worker.trainer.decoding import passes
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.graphs import DecodeGraphs, Recorder, recorder_for
 from worker.trainer.decoding.passes import Passes
+from worker.trainer.kernels import adapters
 
 MOST_ROWS = {"cpu": 16, "cuda": 512}
 """The most rows of a batch: a CPU takes longer for each."""
@@ -65,7 +66,10 @@ class Decoder:
     def __init__(
         self, causal: Any, stop_ids: Collection[int], limit: int, recorder: Callable[[], Recorder] | None = None
     ) -> None:
-        """`limit`: the most tokens of an answer. `recorder`: by default one that records CUDA graphs on a GPU."""
+        """`limit`: the most tokens of an answer. `recorder`: by default one that records CUDA graphs on a GPU.
+
+        Keeps four-bit weights unpacked, if these take at most half of the room, until `close`.
+        """
         self._causal = causal
         self._stop_ids = frozenset(stop_ids)
         self._limit = limit
@@ -78,6 +82,7 @@ class Decoder:
         recorder = recorder or recorder_for(causal)
         is_worth = recorder is not None and limit > _RECORDED
         self._graphs = DecodeGraphs(recorder(), eager=1) if recorder is not None and is_worth else None
+        self._unpacked = adapters.unpack(causal, self._room() // 2)
 
     def batch_size(self, lengths: Sequence[int]) -> int:
         """Returns how many of the next prompts, sorted by length, are answered together: as many as have room, until
@@ -94,7 +99,9 @@ class Decoder:
         return count
 
     def close(self) -> None:
-        """Frees the memory of keys, values and graphs."""
+        """Frees the memory of keys, values, graphs and unpacked weights."""
+        adapters.pack(self._causal, self._unpacked)
+        self._unpacked = []
         self._cache.clear()
         if self._graphs is not None:
             self._graphs.clear()
@@ -142,7 +149,7 @@ class Decoder:
             return 4 * 2**30
         device = self._causal.device
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
+        free = torch.cuda.mem_get_info(device)[0] + unused + self._cache.nbytes  # which the next batch's replaces
         return int(0.75 * free) - 2 * 2**30
 
     def _read(self, prompts: list[list[int]]) -> Tensor:

@@ -46,6 +46,27 @@ def widen(model: nn.Module, names: Collection[str]) -> None:
         del cast(Any, model.get_submodule(name)).base_layer.narrow
 
 
+def unpack(model: nn.Module, room: int) -> list[str]:
+    """Keeps the four-bit weights of all plain LoRA layers as numbers, if `room` bytes are enough; returns the layers'
+    names.
+
+    Each pass unpacks them otherwise, which for 8B weights writes and reads 16 GB. The products are of the same numbers.
+    """
+    layers = {name: cast(Any, module).base_layer for name, module in model.named_modules() if is_plain(module)}
+    packed = {name: base for name, base in layers.items() if projections.quant_state(base) is not None}
+    if sum(projections.unpacked_bytes(base) for base in packed.values()) > room:
+        return []
+    for base in packed.values():
+        base.unpacked = projections.dense(base)
+    return list(packed)
+
+
+def pack(model: nn.Module, names: Collection[str]) -> None:
+    """Removes the numbers that `unpack` kept of these layers."""
+    for name in names:
+        del cast(Any, model.get_submodule(name)).base_layer.unpacked
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is a plain LoRA layer, without a variant."""
     if not isinstance(module, LoraLayer) or not (isinstance(module, Linear) or type(module).__name__ == "Linear4bit"):

@@ -42,13 +42,21 @@ def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
 
 
 def dense(base: Any) -> Tensor:
-    """Returns the frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they would be
-    bf16.
+    """Returns the frozen weight [out, in] as numbers. Four bits are unpacked for each product, unless the layer keeps
+    them as numbers: these take four times the memory.
     """
+    kept: Tensor | None = getattr(base, "unpacked", None)
+    if kept is not None:
+        return kept
     state = quant_state(base)
     if state is None:
         return cast(Tensor, base.weight.detach())
     return _unpack(base.weight.detach().view(torch.uint8), state, product_dtype(base))
+
+
+def unpacked_bytes(base: Any) -> int:
+    """Returns the bytes of a layer's 4-bit weight as numbers."""
+    return int(torch.Size(quant_state(base).shape).numel()) * product_dtype(base).itemsize
 
 
 def quant_state(base: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,14 @@ def _answer(
     given: list[tuple[int, list[int]]] = []
     limit = token_limit(t.plan.evaluation, asked) if limit is None else limit
     t.objective.eval()
-    with torch.no_grad(), without_adapter, t.objective.autocast():
-        # The time of an answer alone is measured, of which preparing a decoder would be a part.
-        against = "one answer alone" if len(mine) <= 1 else against_decoder(t)
-        greedy = generation.Greedy(t.objective.causal, t.template, limit, against)
+    # The time of an answer alone is measured, of which preparing a decoder would be a part.
+    against = "one answer alone" if len(mine) <= 1 else against_decoder(t)
+    with (
+        torch.no_grad(),
+        without_adapter,
+        t.objective.autocast(),
+        closing(generation.Greedy(t.objective.causal, t.template, limit, against)) as greedy,
+    ):
         for _ in t.ranks.turns(stop_signal, lambda: len(given) < len(mine)):
             if len(given) == len(mine):
                 continue  # other ranks are not done
@@ -137,7 +141,6 @@ def _answer(
             except torch.OutOfMemoryError:
                 if t.shards is not None or not greedy.halve(len(chosen)):  # the other ranks wait in this pass
                     raise
-        greedy.close()
         if len(mine) > 1:
             t.objective.against_decoder = greedy.against
     t.objective.train()
