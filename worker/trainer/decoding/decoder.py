@@ -81,7 +81,7 @@ class Decoder:
         self._is_verified = False
         recorder = recorder or recorder_for(causal)
         is_worth = recorder is not None and limit > _RECORDED
-        self._graphs = DecodeGraphs(recorder(), eager=1) if recorder is not None and is_worth else None
+        self._graphs = DecodeGraphs(recorder(), eager=0) if recorder is not None and is_worth else None
         self._unpacked = adapters.unpack(causal, self._room() // 2)
 
     def batch_size(self, lengths: Sequence[int]) -> int:
