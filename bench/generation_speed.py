@@ -20,8 +20,8 @@ from bench.train_rows import lengths, of_lengths
 from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Qlora, Technique
-from worker.server.parity import tie
 from worker.trainer import generation, precision
+from worker.trainer.decoding.ties import tie
 from worker.trainer.generation import Greedy, Prompts
 from worker.trainer.loading import RECIPES
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import service
 from tunery.rows.template import ChatTemplate
-from worker.server import parity
+from worker.trainer.decoding.ties import tie
 from worker.trainer.replay import prompts
 
 ROWS, TOKENS, BATCH = 28, 40, 16
@@ -47,7 +47,7 @@ def compare(together: Answer, alone: Answer) -> dict[str, float] | None:
     logits = alone[1][place]
     one, other = float(logits[together[0][place]]), float(logits[alone[0][place]])
     most = max(abs(one), abs(other))
-    return {"token": place + 1, "gap": abs(one - other), "logit": most, "tie": parity.tie(most, "bfloat16")}
+    return {"token": place + 1, "gap": abs(one - other), "logit": most, "tie": tie(most, "bfloat16")}
 
 
 def main() -> None:

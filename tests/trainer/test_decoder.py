@@ -1,7 +1,6 @@
 """The decoder answers as a model that reads each whole row alone, without a cache."""
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from worker.trainer import generation
 from worker.trainer.decoding import decoder
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.decoder import Decoder
+from worker.trainer.decoding.ties import tie
 from worker.trainer.kernels import attention, projections
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
@@ -302,7 +302,7 @@ def _check(causal: Any, prompt: list[int], answer: list[int]) -> None:
     logits = causal(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
     for best, own in zip(logits.max(dim=-1).values.tolist(), chosen.tolist(), strict=True):
-        assert best - own <= 4 * max(math.ulp(best) * 2**45, 2**-8)  # four neighbouring bf16 numbers
+        assert best - own <= tie(best, "bfloat16")
 
 
 @pytest.mark.gpu

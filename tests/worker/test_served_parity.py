@@ -17,6 +17,7 @@ from worker.server import parity
 from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering
 from worker.trainer.convert import convert
+from worker.trainer.decoding.ties import tie
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
 from worker.trainer.stop_signal import StopSignal
@@ -137,7 +138,7 @@ def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:
     ],
 )
 def test_ties_are_as_far_apart_as_rounding_makes_them(logit: float, precision: Any, apart: float) -> None:
-    assert parity.tie(logit, precision) == apart
+    assert tie(logit, precision) == apart
 
 
 ROW = TokenDifference(row=3, place="answer", position=2, trained="a", served="b", gap=0.2)

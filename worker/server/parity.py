@@ -6,7 +6,6 @@ artifact, and a section of its README. A difference, or a model that cannot be l
 """
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -30,14 +29,7 @@ from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 from worker.supervisor.staging import EXPORTS
-
-_TIE, _EXACT_TIE = 0.05, 1e-4
-"""Gaps of logits within which rounding decides between tokens: with sums in bf16, and in fp32."""
-_SPACINGS = 4
-"""Gap in neighbouring bf16 numbers within which rounding decides too. From 16 on neighbours are 0.125 apart: of 28
-answers of SmolLM2 another batch size changes 9, 4 of them at gaps below 0.05, all within three neighbours
-(`python -m bench.rounding`)."""
-Precision = Literal["float32", "bfloat16"]
+from worker.trainer.decoding.ties import Precision, tie
 
 LEAST_EQUAL = 0.96
 """The fraction of rows that must be equal, or ties, in bf16."""
@@ -188,15 +180,6 @@ def _compare_row(
     gap = abs(trained - served)
     found = _describe(one, answer, "answer", place, wanted, answer.ids, gap)
     return Compared(len(answer.ids), found, is_tie=gap <= tie(max(abs(trained), abs(served)), precision))
-
-
-def tie(logit: float, precision: Precision) -> float:
-    """Returns how far apart two logits of that size may be for rounding to decide between them."""
-    if precision == "float32":
-        return _EXACT_TIE
-    _, exponent = math.frexp(logit)
-    spacing = 2.0 ** (exponent - 8)  # bf16 has eight significant bits
-    return max(_TIE, _SPACINGS * spacing)
 
 
 def _first_difference(wanted: Sequence[int], given: Sequence[int]) -> int | None:
