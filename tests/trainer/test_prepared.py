@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from run_folders import Ear, chat, lay_out, plan, said, steps_of
@@ -226,6 +226,28 @@ def test_old_entries_go_and_then_those_used_longest_ago(
     monkeypatch.setattr(prepared, "_most", lambda folder: 100)
     data.read_rows(path, template, 79, kept=kept)
     assert not list(kept.glob("[!.]*")), "it alone is too large, and nothing else fits"
+
+
+def test_an_entry_that_is_too_large_with_all_that_is_written_is_not_written(
+    kept: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, path = ChatTemplate.load(tiny), written(tmp_path / "train.jsonl", ROWS[:12])
+    tokens = data.read_rows(path, template, 80, kept=kept).tokens
+    (entry,) = kept.glob("[!.]*")
+    size, sizes = entry.stat().st_size, list[int]()
+    write = prepared._write
+
+    def noted(file: IO[bytes], *others: Any) -> None:
+        write(file, *others)
+        sizes.append(file.tell())
+
+    monkeypatch.setattr(prepared, "_write", noted)
+    for most in (size, size - 1):
+        entry.unlink()
+        monkeypatch.setattr(prepared, "_most", lambda folder, most=most: most)
+        data.read_rows(path, template, 80, kept=kept)
+    assert sizes == [size]
+    assert size > 8 * tokens
 
 
 @pytest.mark.parametrize(("setting", "is_kept"), [("0", False), ("", True), ("0.5", True)])

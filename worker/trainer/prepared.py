@@ -36,7 +36,7 @@ NAME = "prepared"
 DAYS = 7
 FRACTION, SETTING = 0.1, "TUNERY_PREPARED_FRACTION"
 _COUNTS = struct.Struct("<6q")
-_SHA256_BYTES = 32
+_SHA256_BYTES, _NUMBER_BYTES = 32, 8
 _PIECE_BYTES = 2**20
 _LOCK_SECONDS = 0.2
 _PARTIAL = ".partial-"
@@ -85,7 +85,7 @@ def find(folder: Path, name: str) -> Prepared | None:
 
 def save(folder: Path, name: str, prepared: Prepared) -> None:
     """Writes an entry, and removes others to make room. On a full disk, nothing is kept."""
-    size = prepared[0].size
+    size = _bytes(*prepared)
     _tidy(folder, size)
     if size > _most(folder):
         return
@@ -98,6 +98,12 @@ def save(folder: Path, name: str, prepared: Prepared) -> None:
     except OSError as error:  # the prepared rows can be trained on nevertheless
         log.warning("the prepared rows are not kept: %s", error)
         unfinished.unlink(missing_ok=True)
+
+
+def _bytes(store: Store, truncated: Lines, unlearnable: Lines) -> int:
+    """Returns the bytes that an entry takes on the disk."""
+    numbers = sum(map(len, (*store.numbers, truncated, unlearnable)))
+    return store.size + _NUMBER_BYTES * numbers + _COUNTS.size + _SHA256_BYTES
 
 
 def _write(file: IO[bytes], store: Store, truncated: Lines, unlearnable: Lines) -> None:
@@ -118,8 +124,8 @@ def _read(file: IO[bytes]) -> Prepared | None:
     start, *counts = _COUNTS.unpack(os.pread(file.fileno(), _COUNTS.size, end))
     numbers = []
     for count in counts:
-        numbers.append(array("q", os.pread(file.fileno(), 8 * count, start)))
-        start += 8 * count
+        numbers.append(array("q", os.pread(file.fileno(), _NUMBER_BYTES * count, start)))
+        start += _NUMBER_BYTES * count
     *of_rows, truncated, unlearnable = numbers
     return Store(file, *of_rows), tuple(truncated), tuple(unlearnable)
 
