@@ -2,12 +2,14 @@
 `python -m bench.report FREE.jsonl [SEEDS [SPEED_ROWS [FIRST_SEED]]]`.
 
 Three files are judged: FREE.jsonl's chat rows with free-form answers, mixed with Banking's labelled rows of examples/,
-with those of SNIPS, and alone. Features were chosen on seeds below 420. If SPEED_ROWS is 0, the record keeps its time.
+with those of SNIPS, and alone. Features were chosen on seeds below 420. If SPEED_ROWS is 0, the record keeps its times,
+which are those of a file of labelled rows and of one of free-text rows.
 """
 
 import json
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -31,6 +33,7 @@ GOAL = (0.95, 0.95)
 GOAL_AT_K = 0.80
 GOAL_SECONDS = 60
 RECORD = "report_cpu.json"
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def read(path: Path) -> list[injector.Row]:
@@ -112,9 +115,8 @@ def met(pooled: dict[str, dict[str, Any]]) -> bool:
     return all(enough) and pooled.get("mislabelled", {}).get("precision_at_k", 1) >= GOAL_AT_K
 
 
-def time_report(rows: int, folder: Path) -> dict[str, Any]:
-    """Measures time and peak memory of a report on many rows, a tenth of them near-duplicates, with leaks."""
-    dice = random.Random(0)
+def labelled_rows(count: int, _: Path, dice: random.Random) -> list[injector.Row]:
+    """Returns rows of random words with one of 20 labels, which the words decide."""
     words = sorted(
         {
             word
@@ -126,11 +128,37 @@ def time_report(rows: int, folder: Path) -> dict[str, Any]:
 
     def row() -> injector.Row:
         asked = dice.choices(range(len(words)), k=dice.randint(6, 20))
-        text, label = " ".join(words[at] for at in asked), labels[max(asked) % len(labels)]
-        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": label}]}
+        return exchange(" ".join(words[at] for at in asked), labels[max(asked) % len(labels)])
 
-    made = [row() for _ in range(rows * 9 // 10)]
-    made += [injector.leaked(one, dice) for one in made[: rows - len(made)]]
+    return [row() for _ in range(count)]
+
+
+def free_rows(count: int, free: Path, dice: random.Random) -> list[injector.Row]:
+    """Returns distinct rows of random lines and sentences: one or two are asked, one to six answered."""
+    answers, asked = (
+        [
+            part
+            for row in read(free)
+            for part in SENTENCE.split(row["messages"][at]["content"])
+            if len(part.strip()) > 12
+        ]
+        for at in (-1, -2)
+    )
+    made: dict[str, injector.Row] = {}
+    while len(made) < count:
+        question = " ".join(dice.choices(asked, k=dice.randint(1, 2)))
+        made[question] = exchange(question, "\n".join(dice.choices(answers, k=dice.randint(1, 6))))
+    return list(made.values())
+
+
+def exchange(question: str, answer: str) -> injector.Row:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def time_report(rows: int, made: list[injector.Row], folder: Path) -> dict[str, Any]:
+    """Measures time and peak memory of a report on many rows, a tenth of them near-duplicates, with leaks."""
+    dice = random.Random(0)
+    made = made + [injector.leaked(one, dice) for one in made[: rows - len(made)]]
     injector.write(made, folder / "many.jsonl")
     injector.write(made[:: len(made) // 2000], folder / "other.jsonl")
     load, began, used = os.getloadavg()[0], time.monotonic(), time.process_time()
@@ -145,6 +173,12 @@ def time_report(rows: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def time_reports(rows: int, free: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Measures both kinds of rows. The peak memory of the second is at least that of the first."""
+    dice, kinds = random.Random(0), {"labelled": labelled_rows, "free": free_rows}
+    return {kind: time_report(rows, make(rows * 9 // 10, free, dice), folder) for kind, make in kinds.items()}
+
+
 def recorded(part: str) -> Any:
     """Returns a part of the existing record, which a run that does not measure it keeps."""
     return json.loads((service.RESULTS / RECORD).read_text(encoding="utf-8"))[part]
@@ -154,7 +188,7 @@ def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "
     chosen = range(int(first), int(first) + int(seeds))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        speed = time_report(int(speed_rows), folder) if int(speed_rows) else recorded("speed")
+        speed = time_reports(int(speed_rows), Path(free), folder) if int(speed_rows) else recorded("speed")
         print(speed, flush=True)
         pooled = {file: pool([judge(seed, Path(free), folder, file) for seed in chosen]) for file in FILES if chosen}
     for file, kinds in pooled.items():

@@ -1,5 +1,7 @@
 """Truncated answers: how they end, and which words an answer does not end with."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,9 @@ def known_of(*rows: Row, language: dictionary.Dictionary = ENGLISH) -> vocabular
         ("Who?", "Er sagte uns: das characte", False),  # of another language
         ("Who?", "He sat on the c", True),
         ("Who?", "He sat on the cat", False),
+        ("Who?", "He sat by the o", True),
+        ("Who?", "He sat by the O", False),
+        ("Who?", "The o is the o", False),  # a name of something
         ("Who?", "He sat on the", True),
         ("Who?", "He may", False),  # short enough for a label
         ("Who?", "He sat on the ma", True),  # more likely a part of "mat" than the word "ma"
@@ -66,7 +71,7 @@ def test_words_that_another_follows_are_those_of_the_language() -> None:
 
 
 def test_a_word_with_which_many_answers_end_is_no_break() -> None:
-    rows = [row(f"Number {at}?", f"He sat down by the {at} on", at) for at in range(3)]
+    rows = [row(f"Number {at}?", f"He sat down by the {at} on", at) for at in range(5)]
     assert known_of(rows[0]).breaks_off(rows[0]) is True
     assert known_of(*rows).breaks_off(rows[0]) is False
 
@@ -81,6 +86,19 @@ def test_blanks_at_the_end_are_a_break_where_few_answers_have_them() -> None:
     assert [finding.lines for finding in truncation.find(Case([*rows, blank]))] == [[99]]
     others = [row(one.question, f"{one.answer}\n", one.line) for one in rows[:16]]
     assert list(truncation.find(Case([*others, *rows[16:], blank]))) == []
+
+
+def test_answers_are_cut_inside_words_to_learn_from() -> None:
+    answer = "12, 34: He sat on the mat. 56, 78"
+    cuts = [cut for seed in range(50) for cut in cut_model._cuts(answer, random.Random(seed))]
+    assert all(answer[len(cut) - 1 : len(cut) + 1].isalpha() for cut in cuts)
+    assert len({len(cut) for cut in cuts}) > 5
+    assert list(cut_model._cuts("12, 34: 56, 78", random.Random(0))) == []
+
+
+def test_answers_without_letters_are_not_judged() -> None:
+    rows = [row(f"What is {at} + 1000000?", f"{at} + 1000000 = {at + 1000000}", at) for at in range(40)]
+    assert list(truncation.find(Case(rows))) == []
 
 
 def test_the_words_of_an_answer_count_for_nothing_in_its_own_features() -> None:

@@ -13,7 +13,7 @@ from tunery.datasets.report.endings import ITEM
 from tunery.datasets.report.rows import Row
 from tunery.datasets.report.vocabulary import Vocabulary
 
-_SURE, _BROKEN = 0.45, 0.99
+_SURE, _BROKEN = 0.3, 0.99
 _BLANK = 0.05
 """Share of answers with blanks at their end below which these are a sign of a cut, and no habit of the file."""
 _LEAST = 30

@@ -17,7 +17,7 @@ LETTERS = "aiox"
 """Letters that are words by themselves."""
 _LEAST_WORDS = 4
 """Fewer words may be a label or an abbreviation."""
-_OFTEN, _FINAL = 2, 0.05
+_OFTEN, _FINAL = 4, 0.05
 """Answers that may end with a cut word, and the share of its occurrences: one that ends more is a usual end."""
 _RATHER = 50
 """How much more frequent longer words have to be than a known word that is taken for their part."""
@@ -94,9 +94,9 @@ class Vocabulary:
         """Whether the language has the word only inside a sentence, or rather as the beginning of longer ones."""
         if word in FOLLOWED and self._dictionary.language == "en":
             return True
-        if len(word) == 1:
-            return word not in LETTERS
         longer, count = self._dictionary.longer(word), self._dictionary.frequency(word)
+        if len(word) == 1:
+            return word not in LETTERS or (is_lower and word not in before and longer > _RATHER * count)
         if not longer or self._dictionary.fraction(before) < _KNOWN:
             return False
         if not count:
