@@ -23,6 +23,7 @@ import torch
 
 from bench.memory_kinds import CPU_KINDS, GPU_KINDS, KINDS, SHAPES, Kind
 from bench.memory_phases import read_phases
+from bench.process_memory import host_bytes
 from bench.train_side_by_side import hardware
 from tunery import plugins
 from tunery.spec import Evaluation, General, Plan, Resources, Run, Schedule
@@ -129,14 +130,14 @@ def train(folder: Path, limit: float) -> tuple[list[dict[str, Any]], int]:
     with (folder / "log.txt").open("wb") as log, (folder / "said.jsonl").open("wb") as said:
         plugged = os.environ | {plugins.VARIABLE: "bench.memory_phases"}
         run = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=log, env=plugged)
-        end = time.monotonic() + limit
-        while (done := os.wait4(run.pid, os.WNOHANG))[0] == 0:
+        end, peak = time.monotonic() + limit, 0
+        while run.poll() is None:
+            peak = max(peak, host_bytes(pid=run.pid))
             if time.monotonic() > end:
                 run.kill()
             time.sleep(0.1)
-        run.returncode = os.waitstatus_to_exitcode(done[1])
     lines = (folder / "said.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], done[2].ru_maxrss * 1024
+    return [json.loads(line) for line in lines], peak
 
 
 def measure(name: str, base: Path, work: Path, limit: float) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import injector, service
+from bench.process_memory import host_bytes
 from tunery.datasets.report import maker
 from tunery.datasets.report.maker import Report
 
@@ -168,7 +168,7 @@ def time_report(rows: int, made: list[injector.Row], folder: Path) -> dict[str, 
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
         "load_before": round(load, 1),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_rss_mib": host_bytes() // 2**20,
         "findings": dict(report.counts()),
     }
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.process_memory import host_bytes
 from bench.two_gpus import TEMPLATE, lay_out
 from tunery.spec import Full, Plan, Qlora, Resources, Run
 
@@ -105,9 +105,9 @@ def rank(folder: Path, record: Path) -> None:
                 found["norms"].append(said.grad_norm)
                 found["seconds"].append(round(said.seconds, 3))
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = host_bytes()
     t = run.prepare(folder, Noting(None), StopSignal())
-    found["host_bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    found["host_bytes"] = host_bytes() - before
     found["prepared_seconds"] = round(time.monotonic() - began, 1)
     found["device"] = torch.cuda.get_device_name() if cuda else "cpu"
     found["world"], found["memory_plan"] = t.ranks.count, asdict(t.stepper.memory)

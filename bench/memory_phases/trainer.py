@@ -4,11 +4,11 @@ On a GPU it is the allocator's peak, on a CPU the process's.
 """
 
 import logging
-import resource
 
 import torch
 
 from bench.memory_phases import MARK
+from bench.process_memory import host_bytes
 from worker.trainer.step_timer import Part, StepTimer
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ _seen = [0]
 def _peak() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return host_bytes()
 
 
 def _log_growth(part: str) -> None:

@@ -1,6 +1,9 @@
 """The benchmark of peak memory: the order of its runs, the results that it stores, and how it resumes."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +13,10 @@ import tiny_models
 from bench import memory, memory_errors
 from bench.memory_kinds import CPU_KINDS, GPU_KINDS, KINDS, SHAPES, Kind
 from bench.memory_phases import MARK, read_phases
+from bench.process_memory import host_bytes
 from tunery.spec import Dpo, Lora
 
+ROOT = Path(__file__).parents[2]
 _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 260}
 _TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
 
@@ -32,6 +37,20 @@ def test_kinds_of_few_records_come_first() -> None:
 def test_phases_are_those_that_raised_the_peak() -> None:
     said = ["unrelated", f"x: {MARK}prepare: 5", f"x: {MARK}step: 7", f"x: {MARK}prepare: 9"]
     assert list(read_phases(said).items()) == [("step", 7), ("prepare", 9)]
+
+
+def test_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    held = b"1" * 2**28
+    assert host_bytes() > len(held)
+    program = "from bench.process_memory import host_bytes; print(host_bytes())"
+    child = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < int(child.stdout) < len(held) / 4
+
+
+def test_a_process_that_has_ended_holds_no_memory() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert host_bytes(pid=ended.pid) == 0
 
 
 @pytest.mark.slow

@@ -27,5 +27,5 @@ def test_hostile_files_are_refused_in_little_memory(tmp_path: Path) -> None:
         if hostile_files.FILES[name][1] not in said or (not said and "window" not in name)
     }
     assert wrong == {}
-    assert found["mib"] < 300
+    assert found["mib"] < 450  # three texts of 20 MiB at a time, each as Arrow's value, Python's and JSON
     assert found["seconds"] < 60
