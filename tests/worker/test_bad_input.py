@@ -112,7 +112,7 @@ def _with_fewer_rows_than_tokens(base: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(_without_template, "no chat template"), (_with_fewer_rows_than_tokens, "its embedding has 250 rows")],
+    [(_without_template, "no chat template"), (_with_fewer_rows_than_tokens, "its embedding has only 250 rows")],
 )
 def test_base_that_cannot_be_trained_never_becomes_ready(
     workshop: Workshop, client: TestClient, tiny_base: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
