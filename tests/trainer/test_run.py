@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from tunery.failures import InvalidTrainingFile, NotFinite
 from tunery.planning.peak import VERIFIED
 from tunery.rows.preview_model import Preview
 from tunery.rows.template import IGNORED, ChatTemplate
-from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
+from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora, Schedule
 from tunery.trainer_protocol import Evaluated
 from worker.trainer import artifact, checkpoints, paths, previews, validation
 from worker.trainer.data import Row, Rows, collate, singles
@@ -300,14 +301,16 @@ def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, t
 
 
 def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    settled = plan(n_epochs=4, select="best", learning_rate=2, technique=Lora(r=16))
-    folder = lay_out(tmp_path / "run", tiny, settled, ROWS[:4], [chat(200 + i) for i in range(6)])
+    kept_up = Schedule(type="constant", warmup_ratio=0)
+    settled = plan(n_epochs=12, select="best", learning_rate=0.01, technique=Lora(r=16), schedule=kept_up)
+    others = [{"messages": [one["messages"][0], other["messages"][1]]} for one, other in pairwise(ROWS[:4])]
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS[:4], others)
 
     assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [finished] = said(ear, "finished")
     losses = {message.step: message.loss for message in said(ear, "evaluated")}
-    assert finished.step == min(losses, key=losses.__getitem__) < 4
+    assert finished.step == min(losses, key=losses.__getitem__) < 12
     t = prepare(folder, MessageWriter(None), StopSignal())
     checkpoints.restore_best(t, Progress(best_step=finished.step))
     assert validation.loss(t.stepper, t.valid.examples)[0] == pytest.approx(losses[finished.step], rel=1e-5)

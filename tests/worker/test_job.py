@@ -18,6 +18,7 @@ from tunery.trainer_protocol import Score, Served
 def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     workshop.start("io")
     workshop.start("train", TUNERY_SERVED_CHECK_ROWS="2")
+    workshop.until(lambda: _devices(workshop), "a worker that shows its device")  # or the quote is for a rented one
     workshop.base_alias = "gpt-4o-mini-2024-07-18"
     training = workshop.file(training_rows(12), checked=False)
     validation = workshop.file(training_rows(3, first=100))
@@ -69,6 +70,11 @@ def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> Non
     ]
     assert [line for line in events if line in wanted] == wanted
     assert any(line.startswith("Scorecard on 2 test rows: exact match") for line in events)
+
+
+def _devices(workshop: Workshop) -> list[HostDevice]:
+    with workshop.session() as session:
+        return list(session.scalars(select(HostDevice)))
 
 
 def _check_quote(workshop: Workshop, job: Job) -> None:
