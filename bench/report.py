@@ -134,7 +134,7 @@ def labelled_rows(count: int, _: Path, dice: random.Random) -> list[injector.Row
 
 
 def free_rows(count: int, free: Path, dice: random.Random) -> list[injector.Row]:
-    """Returns distinct rows of random lines and sentences: one or two are asked, one to six answered."""
+    """Returns distinct rows of random lines and sentences: three are asked, three to six answered."""
     answers, asked = (
         [
             part
@@ -146,8 +146,8 @@ def free_rows(count: int, free: Path, dice: random.Random) -> list[injector.Row]
     )
     made: dict[str, injector.Row] = {}
     while len(made) < count:
-        question = " ".join(dice.choices(asked, k=dice.randint(1, 2)))
-        made[question] = exchange(question, "\n".join(dice.choices(answers, k=dice.randint(1, 6))))
+        question = " ".join(dice.choices(asked, k=3))
+        made[question] = exchange(question, "\n".join(dice.choices(answers, k=dice.randint(3, 6))))
     return list(made.values())
 
 
