@@ -51,9 +51,8 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     workshop.until(lambda: not list(workshop.storage.list(snapshots)), "no snapshot is left")
     left = workshop.settings.runs_dir / job_id / str(attempt.number)
     workshop.until(lambda: [path.name for path in left.iterdir()] == ["log.txt"], "a tidy run directory")
-    with workshop.session() as session:
-        (device,) = session.scalars(select(HostDevice))
-        assert (device.gpu_index, device.memory_bytes > 2**28) == (None, True)
+    (device,) = _devices(workshop)
+    assert (device.gpu_index, device.memory_bytes > 2**28) == (None, True)
 
 
 def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> None:
