@@ -9,6 +9,7 @@ import zoo
 from streamed import PROMPTS, TOKENS, by_peft, greedy, make
 
 from worker.server import factors
+from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
 from worker.server.factors import Factors
 from worker.server.models import AdapterAlone, Base, BrokenAdapter, Source, StackedAdapter
@@ -75,6 +76,20 @@ def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path, monkeypa
     rows = [one.stream(PROMPTS[0]) for one in (laid[3], again, laid[0])]
     said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
     assert [list(one) for one in zip(*said, strict=True)] == [wanted[i] for i in (3, 2, 0)]
+
+
+def test_plans_follow_adapters_that_move(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs in turns, which take each other's places."""
+    monkeypatch.setattr(factors, "_PLACES", 2)
+    folders = [make(tmp_path / str(seed), llama, seed) for seed in range(4)]
+    base = load(llama)
+    laid = [base.lay_on(folder) for folder in folders]
+    batch = Batch(base.model, base.bank, long_tokens=40)
+    rows = [batch.join(PROMPTS[4 if i > 1 else 0], one._factors) for i, one in enumerate(laid)]  # type: ignore[union-attr]
+    said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
+    assert [list(one) for one in zip(*said, strict=True)] == [
+        by_peft(llama, folder, PROMPTS[4 if i > 1 else 0]) for i, folder in enumerate(folders)
+    ]
 
 
 def test_parts_of_a_batch_do_not_push_each_other_out() -> None:

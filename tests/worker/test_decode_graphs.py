@@ -1,6 +1,7 @@
 """Recorded passes answer as passes of their own do, whatever joins, leaves and moves between them.
 
-On a CPU `OpRecorder` stands in for CUDA graphs: it does the recorded operations again on the tensors of the recording.
+On a CPU `OpRecorder` stands in for CUDA graphs: it does the recorded operations again on the tensors of the recording;
+`lora_by_address` stands in for the kernels that find adapters by their addresses.
 """
 
 import gc
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lora_by_address
 import pytest
 import torch
 import zoo
 from op_recorder import OpRecorder
 from streamed import PROMPTS, greedy, make, read
 
-from worker.server import factors, models, slots
+from worker.server import bank, factors, models, slots
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
 from worker.server.models import Base, Source
@@ -32,6 +34,7 @@ TOKENS = 14
 def recorder(monkeypatch: pytest.MonkeyPatch) -> OpRecorder:
     made = OpRecorder()
     monkeypatch.setattr(models, "recorder_for", lambda _model: lambda: made)
+    monkeypatch.setattr(bank, "kernel_for", lambda _device: lora_by_address.add)
     return made
 
 
@@ -175,14 +178,78 @@ def test_graphs_hold_no_adapter_that_has_left(llama: Path, tmp_path: Path, recor
     base, laid = stocked(llama, tmp_path, 2)
     rows = [one.stream(PROMPTS[0]) for one in laid]
     tokens(rows)
-    (plan,) = {kind[2] for kind in base.batch._lanes[0]._graphs._recorded}  # type: ignore
-    gone = weakref.ref(plan)
-    del plan
-    rows[1].close()
-    laid[1].leave()
-    tokens([rows[0], laid[0].stream(PROMPTS[1])], 1)
+    gone = weakref.ref(laid[1]._factors)
+    rows.pop(1).close()
+    laid.pop(1).leave()
     gc.collect()
     assert gone() is None
+    assert base.batch._lanes[0]._graphs._recorded  # type: ignore[union-attr]
+
+
+def test_adapters_of_one_shape_share_a_graph(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    """Whichever of them the rows have, in whatever order, and beside rows without an adapter."""
+    base, laid = stocked(llama, tmp_path, 3)
+    models: list[Any] = [base, *laid]
+    wanted = [answer(one, PROMPTS[0]) for one in models]
+    stays = laid[0].stream(PROMPTS[0])  # so that slots stay where they are
+    stays.likeliest()
+    first = recorder.recorded
+    for others in ([1, 2], [2, 1], [3, 3], [0, 3], [0, 0]):
+        rows = [models[i].stream(PROMPTS[0]) for i in others]
+        assert tokens([stays, *rows])[1:] == [wanted[i] for i in others], others
+        for row in rows:
+            row.close()
+    assert recorder.recorded - first == 1
+
+
+def test_adapters_of_other_shapes_have_their_own_graph(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    base, laid = stocked(llama, tmp_path, 1)
+    laid.append(base.lay_on(make(tmp_path / "4", llama, 4, r=4)))
+    wanted = [answer(one, PROMPTS[0]) for one in laid]
+    stays = base.stream(PROMPTS[1])
+    stays.likeliest()
+    first = recorder.recorded
+    for i in (0, 1, 0, 1):
+        row = laid[i].stream(PROMPTS[0])
+        assert tokens([stays, row])[1] == wanted[i]
+        row.close()
+    assert recorder.recorded - first == 2
+
+
+def test_adapters_that_come_and_go_drop_no_graph(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    base, laid = stocked(llama, tmp_path, 3)
+    rows = [one.stream(PROMPTS[0]) for one in (laid[0], base)]
+    said = tokens(rows, 6)
+    first = recorder.recorded
+    laid[2].leave()
+    said = [a + b for a, b in zip(said, tokens(rows, 1), strict=True)]
+    again = base.lay_on(tmp_path / "2")
+    said = [a + b for a, b in zip(said, tokens(rows, 1), strict=True)]
+    stack = next(iter(base.bank._stacks.values()))
+    with torch.inference_mode():  # as prompts of these do that are read together
+        stack.gather([laid[1]._factors, laid[0]._factors, again._factors])  # type: ignore[union-attr]
+    said = [a + b for a, b in zip(said, tokens(rows, 1), strict=True)]
+    assert recorder.recorded == first
+    for row in rows:
+        row.close()  # type: ignore[attr-defined]
+    assert said == [answer(one, PROMPTS[0])[:9] for one in (laid[0], base)]
+
+
+def test_lanes_keep_their_graphs(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    """Long rows and short ones, with and without adapters, in turns."""
+    base, laid = stocked(llama, tmp_path, 2)
+    wanted = [answer(laid[0], PROMPTS[0]), answer(laid[1], PROMPTS[4]), answer(base, PROMPTS[4])]
+    batch = Batch(base.model, base.bank, long_tokens=40, recorder=lambda: recorder)
+    first = recorder.recorded
+    rows = [
+        batch.join(prompt, adapter)
+        for prompt, adapter in (
+            (PROMPTS[0], laid[0]._factors), (PROMPTS[4], laid[1]._factors), (PROMPTS[4], None),
+        )
+    ]  # fmt: skip
+    assert tokens(rows) == wanted  # type: ignore[arg-type]
+    assert [len(lane.rows) for lane in batch._lanes.values()] == [1, 2]
+    assert recorder.recorded - first == 2
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "refused"])
@@ -222,10 +289,10 @@ def test_a_lack_of_memory_and_broken_weights_are_no_reason_to_give_up(recorder: 
     graphs = DecodeGraphs(recorder)
     tokens, positions = torch.ones(2, 1), torch.ones(2, 1)
     for _ in range(4):  # one adapter's logits are NaN
-        graphs.logits(0, "broken", tokens, positions, lambda a, b: (a + b) * torch.nan)
+        graphs.logits(0, "broken", (tokens, positions), lambda a, b: (a + b) * torch.nan)
     assert (calls, graphs.is_broken) == (0, False)
     for _ in range(6):
-        graphs.logits(0, "right", tokens, positions, lambda a, b: a + b)
+        graphs.logits(0, "right", (tokens, positions), lambda a, b: a + b)
     assert (calls, graphs.is_broken, list(graphs._recorded)) == (2, False, ["right"])
 
 
@@ -242,7 +309,7 @@ def test_one_row_that_differs_is_enough_to_give_up(recorder: OpRecorder) -> None
     recorder.record = record  # type: ignore[method-assign]
     graphs = DecodeGraphs(recorder)
     for _ in range(3):
-        graphs.logits(0, "rows", torch.ones(64, 1), torch.ones(64, 1), lambda a, b: a + b)
+        graphs.logits(0, "rows", (torch.ones(64, 1), torch.ones(64, 1)), lambda a, b: a + b)
     assert graphs.is_broken
 
 

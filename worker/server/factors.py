@@ -95,13 +95,17 @@ class Factors:
 
 def split(rows: torch.Tensor, sites: Sequence[Site]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Returns A (rows x rank x inputs) and B (rows x rank x outputs) of each site, as views."""
-    ends = list(accumulate((site.numel for site in sites), initial=0))
     found = []
-    for start, site in zip(ends, sites, strict=False):
+    for start, site in zip(_starts(sites), sites, strict=False):
         middle, end = start + site.rank * site.inputs, start + site.numel
         a = rows[:, start:middle].unflatten(1, (site.rank, site.inputs))
         found.append((a, rows[:, middle:end].unflatten(1, (site.rank, site.outputs))))
     return found
+
+
+def _starts(sites: Sequence[Site]) -> list[int]:
+    """Returns where each site's numbers begin in those of an adapter, and where the last one's end."""
+    return list(accumulate((site.numel for site in sites), initial=0))
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
@@ -148,18 +152,23 @@ _PLACES = 16
 class Stack:
     """Adapters of one shape in the rows of one tensor; those computed together are adjacent.
 
-    A product over many adapters reads them in place. Other rows move out only when their place is needed.
+    A product over many adapters reads them in place. Other rows move out only when their place is needed. Kernels that
+    look each adapter up need no places: what is never in a product with others stays where it was loaded.
     """
 
     def __init__(self, sites: tuple[Site, ...], device: torch.device) -> None:
         self.sites = sites
+        self.starts = {site.name: (start, site) for start, site in zip(_starts(sites), sites, strict=False)}
+        """By name where a site's numbers begin in those of an adapter, and the site."""
+        self.is_aligned = _starts(sites)[-1] % 4 == 0
+        """Whether each row begins at a multiple of 16 bytes, as every allocation does."""
         self._rows = torch.empty(0, sum(site.numel for site in sites), device=device)
         self._holders: list[Factors | None] = []
         self.version = 0
-        """Changes whenever an adapter moves or leaves."""
+        """Changes whenever an adapter moves."""
 
     def row(self, one: Factors) -> torch.Tensor:
-        """Returns one adapter alone, without a copy: 1 x numbers."""
+        """Returns one adapter where it is: 1 x numbers."""
         if one.flat is not None:
             return one.flat[None]
         place = self._holders.index(one)
@@ -198,7 +207,6 @@ class Stack:
 
     def forget(self, one: Factors) -> None:
         """Frees an adapter's memory, or its place in the stack."""
-        self.version += 1
         one.flat = None
         if one in self._holders:
             self._holders[self._holders.index(one)] = None

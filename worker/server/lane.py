@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,20 +18,26 @@ WIDTH_STEP = 32
 
 
 @dataclass(frozen=True)
-class Laid:
-    """Where the adapters of a pass are. Equal `plan`s: the same rows' adapters at the same addresses. `version` changes
-    whenever an adapter moves or leaves.
+class Located:
+    """Where the adapters are of rows that read one token each: for each of their shapes each row's address, int64 on
+    the device; 0: the row has none of this shape.
     """
 
-    plan: object = None
-    version: int = 0
+    shapes: tuple[Any, ...] = ()
+    addresses: tuple[torch.Tensor, ...] = ()
 
 
 class Adapters(Protocol):
     """Applies adapters to the rows of a pass."""
 
-    def on(self, adapters: list[Any]) -> AbstractContextManager[Laid]:
+    def on(self, adapters: list[Any]) -> AbstractContextManager[None]:
         """Gives row i of each pass in the block adapters[i]; None: the base alone."""
+
+    def locate(self, adapters: list[Any]) -> Located | None:
+        """Returns where the rows' adapters are now; None: they can only be applied by `on`."""
+
+    def at(self, located: Located) -> AbstractContextManager[None]:
+        """Gives rows that read one token each the adapters at these addresses."""
 
 
 class Lane:
@@ -132,24 +137,37 @@ class Lane:
         self.slots.fit(self.longest())
         ids = torch.tensor([ids for ids, _ in placed], device=self._model.device)
         places = [places for _, places in placed]
-        with self._laying([row.adapter for row, _ in rows]) as laid:
-            graphs = self._graphs
-            if graphs is not None and not graphs.is_broken and width == 1 and slots == list(range(len(rows))):
-                logits = self._by_graph(graphs, laid, ids, places)
-            else:
+        adapters, graphs = [row.adapter for row, _ in rows], self._graphs
+        located = self._locate(adapters) if width == 1 else None
+        is_recordable = located is not None and slots == list(range(len(rows)))
+        if located is not None and is_recordable and graphs is not None and not graphs.is_broken:
+            logits = self._by_graph(graphs, located, ids, places)
+        else:
+            with self._laying(adapters, located):
                 logits = self._passes.read(ids, self.slots.place(slots, places))
         return _results(logits, [row.is_greedy for row, _ in rows])
 
-    def _by_graph(self, graphs: DecodeGraphs, laid: Laid, ids: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
+    def _by_graph(
+        self, graphs: DecodeGraphs, located: Located, ids: torch.Tensor, places: list[list[int]]
+    ) -> torch.Tensor:
         """Returns the logits of a pass in which each of the first rows reads one token."""
         reach = self.slots.reach(max(map(max, places)) + 1)
-        addresses = self.slots.version, laid.version
         positions = torch.tensor(places, device=ids.device)
-        work = partial(self._passes.step, reach=reach)
-        return graphs.logits(addresses, (len(places), reach, laid.plan), ids, positions, work)
 
-    def _laying(self, adapters: list[Any]) -> AbstractContextManager[Laid]:
-        return nullcontext(Laid()) if self._adapters is None else self._adapters.on(adapters)
+        def work(tokens: torch.Tensor, positions: torch.Tensor, *addresses: torch.Tensor) -> torch.Tensor:
+            with self._laying([], Located(located.shapes, addresses)):
+                return self._passes.step(tokens, positions, reach)
+
+        kind = len(places), reach, located.shapes
+        return graphs.logits(self.slots.version, kind, (ids, positions, *located.addresses), work)
+
+    def _locate(self, adapters: list[Any]) -> Located | None:
+        return Located() if self._adapters is None else self._adapters.locate(adapters)
+
+    def _laying(self, adapters: list[Any], located: Located | None) -> AbstractContextManager[None]:
+        if self._adapters is None:
+            return nullcontext()
+        return self._adapters.on(adapters) if located is None else self._adapters.at(located)
 
 
 def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:

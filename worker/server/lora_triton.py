@@ -1,7 +1,8 @@
 """Triton kernels that add adapters to a pass in which each row reads one token, each row with its own adapter.
 
 Batched products need rows in the adapters' order and temporary results in fp32: nine launches a layer. These kernels
-look up each row's adapter: two launches a layer, which read the factors once and write nothing but the output.
+look up each row's adapter by its address: two launches a layer, which read the factors once and write nothing but the
+output. A CUDA graph of them serves any adapters of one shape, wherever these are.
 """
 
 import torch
@@ -14,33 +15,49 @@ _TILE = 8192
 """Numbers of B that a program reads."""
 
 
-def add(x: Tensor, a: Tensor, b: Tensor, adapters: Tensor, out: Tensor, *, rounds_twice: bool) -> None:
+def add(
+    x: Tensor, addresses: Tensor, out: Tensor, *,
+    start: int, rank: int, inputs: int, outputs: int, is_aligned: bool, rounds_twice: bool,
+) -> None:  # fmt: skip
     """Adds to `out` [rows, 1, outputs] each row of x [rows, 1, inputs] times its A and B, computed in fp32.
 
-    `a`: adapters x inputs x rank, each adapter's inputs adjacent. `b`: adapters x rank x outputs. `adapters`: the
-    adapter of each row, int32; -1: none, the row stays as it is. `rounds_twice`: the product is rounded to the output's
-    type before it is added.
+    `addresses`: of each row's adapter in memory, int64; 0: none, the row stays as it is. An adapter is fp32 numbers, of
+    which those from `start` on are this layer's: A, rank x inputs, followed by B, rank x outputs. `is_aligned`: all
+    adapters' addresses are multiples of 16. `rounds_twice`: the product is rounded to the output's type before it is
+    added.
     """
-    rows, inputs, rank, outputs = x.shape[0], a.shape[1], a.shape[2], b.shape[2]
+    rows, b_start = x.shape[0], start + rank * inputs
     hidden = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
     wide = triton.next_power_of_2(rank)
     block = max(_TILE // wide, 32)
-    options = {"RANK": wide, "BLOCK": block, "ROUND": rounds_twice, "num_warps": 4}
+    options = {"RANK": wide, "BLOCK": block, "ROUND": rounds_twice, "ALIGNED": is_aligned, "num_warps": 4}
     with torch.cuda.device_of(x):
-        _shrink[(rows, rank)](x, a, adapters, hidden, inputs, x.stride(0), a.stride(0), BLOCK=_INPUTS, num_warps=4)
-        _expand[(rows, triton.cdiv(outputs, block))](hidden, b, adapters, out, rank, outputs, b.stride(0), **options)
+        _shrink[(rows, rank)](
+            x, addresses, hidden, start, inputs, x.stride(0), BLOCK=_INPUTS, ALIGNED=is_aligned, num_warps=4
+        )
+        _expand[(rows, triton.cdiv(outputs, block))](hidden, addresses, out, b_start, rank, outputs, **options)
 
 
-# The offset of an adapter may pass 2^31: 64 adapters of an 8B model at rank 64 have 10^10 numbers.
 @triton.jit  # type: ignore[untyped-decorator]
-def _shrink(x, a, adapters, hidden, inputs, x_stride, a_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803 (Triton's spelling)
+def _numbers(address, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803 (Triton's spelling)
+    numbers = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        numbers = tl.multiple_of(numbers, 16)  # four numbers are read at once; a hint on the integer would be lost
+    return numbers
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shrink(  # type: ignore[no-untyped-def]
+    x, addresses, hidden, start, inputs, x_stride,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,  # noqa: N803 (Triton's spelling)
+):  # fmt: skip
     row, number = tl.program_id(0), tl.program_id(1)
-    adapter = tl.load(adapters + row).to(tl.int64)
-    if adapter >= 0:
-        factors = a + adapter * a_stride + number * inputs
+    address = tl.load(addresses + row)
+    if address != 0:
+        factors = _numbers(address, ALIGNED) + start + number * inputs
         total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, inputs, BLOCK):
-            place = start + tl.arange(0, BLOCK)
+        for first in range(0, inputs, BLOCK):
+            place = first + tl.arange(0, BLOCK)
             inside = place < inputs
             one = tl.load(x + row * x_stride + place, inside, 0.0).to(tl.float32)
             total += one * tl.load(factors + place, inside, 0.0)
@@ -49,17 +66,17 @@ def _shrink(x, a, adapters, hidden, inputs, x_stride, a_stride, BLOCK: tl.conste
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand(  # type: ignore[no-untyped-def]
-    hidden, b, adapters, out, rank, outputs, b_stride,
-    RANK: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,  # noqa: N803 (Triton's spelling)
+    hidden, addresses, out, start, rank, outputs,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, ALIGNED: tl.constexpr,  # noqa: N803 (Triton's spelling)
 ):  # fmt: skip
     row = tl.program_id(0)
-    adapter = tl.load(adapters + row).to(tl.int64)
-    if adapter >= 0:
+    address = tl.load(addresses + row)
+    if address != 0:
         number = tl.arange(0, RANK)
         place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = place < outputs
         found = tl.load(hidden + row * rank + number, number < rank, 0.0)
-        factors = b + adapter * b_stride + number[:, None] * outputs + place[None, :]
+        factors = _numbers(address, ALIGNED) + start + number[:, None] * outputs + place[None, :]
         tile = tl.load(factors, (number < rank)[:, None] & inside[None, :], 0.0)
         delta = tl.sum(found[:, None] * tile, 0)
         if ROUND:

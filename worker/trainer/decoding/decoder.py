@@ -173,7 +173,7 @@ class Decoder:
         if self._graphs is None or self._graphs.is_broken:
             return work(tokens, positions)
         kind = len(tokens), work.keywords["reach"]
-        return self._graphs.logits(self._cache.version, kind, tokens, positions, work)
+        return self._graphs.logits(self._cache.version, kind, (tokens, positions), work)
 
     def _shrink(self, answers: "_Answers", tokens: Tensor, positions: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Drops the rows that have ended, if these are half of the batch and `steps` are still to come."""

@@ -1,8 +1,8 @@
 """Records decoding steps, in which every row of a batch reads one token, as CUDA graphs, and replays them.
 
 The host launches well over a thousand kernels a pass, which takes it longer than the GPU needs for their work. A graph
-is one launch. It reads and writes fixed addresses: it is replayed only while the slots, the rows and their adapters are
-those with which it was recorded.
+is one launch. It reads and writes fixed addresses: those of its inputs, to which each pass's are copied, and those of
+the weights and slots, with which it was recorded.
 """
 
 import logging
@@ -26,8 +26,9 @@ _TOLERANCE = 0.1
 pass of an 8B model in bf16, computed twice, differed by up to 0.043 in a batch of 32 (cuBLAS splits sums among blocks
 that end in any order); a graph that reads a wrong address changes the first digit."""
 
-Work = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Returns the logits [rows, vocabulary] after tokens [rows, 1] at positions [rows, 1], all on the device."""
+Work = Callable[..., torch.Tensor]
+"""Returns the logits [rows, vocabulary] of a pass from its inputs: tokens [rows, 1], positions [rows, 1] and whatever
+else differs between passes of a kind, all on the device."""
 
 
 class Recorder(Protocol):
@@ -72,8 +73,7 @@ def recorder_for(model: Any) -> Callable[[], Recorder] | None:
 
 @dataclass(frozen=True)
 class _Recorded:
-    tokens: torch.Tensor
-    positions: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
     logits: torch.Tensor
     replay: Callable[[], None]
 
@@ -91,26 +91,24 @@ class DecodeGraphs:
         self.is_broken = False
         """Whether a recording was wrong, or impossible: nothing is recorded any more."""
 
-    def logits(
-        self, addresses: Hashable, kind: Hashable, tokens: torch.Tensor, positions: torch.Tensor, work: Work
-    ) -> torch.Tensor:
+    def logits(self, addresses: Hashable, kind: Hashable, inputs: tuple[torch.Tensor, ...], work: Work) -> torch.Tensor:
         """Returns the logits of a pass, by a graph if there is one of its kind. They are valid until the next pass.
 
         `kind`: what differs between graphs, such as the number of rows. `addresses`: changes when something moves that
-        graphs read or write; then all are dropped.
+        graphs read or write besides their inputs; then all are dropped.
         """
         if addresses != self._addresses:
             self.clear()
             self._addresses = addresses
         found = self._recorded.get(kind)
         if found is None:
-            logits = work(tokens, positions)
+            logits = work(*inputs)
             if self._is_due(kind):
-                self._record(kind, tokens, positions, work, logits)
+                self._record(kind, inputs, work, logits)
             return logits
         self._recorded.move_to_end(kind)
-        found.tokens.copy_(tokens)
-        found.positions.copy_(positions)
+        for own, given in zip(found.inputs, inputs, strict=True):
+            own.copy_(given)
         found.replay()
         return found.logits
 
@@ -126,13 +124,11 @@ class DecodeGraphs:
             self._seen.popitem(last=False)
         return self._seen.get(kind, 0) > self._eager
 
-    def _record(
-        self, kind: Hashable, tokens: torch.Tensor, positions: torch.Tensor, work: Work, wanted: torch.Tensor
-    ) -> None:
+    def _record(self, kind: Hashable, inputs: tuple[torch.Tensor, ...], work: Work, wanted: torch.Tensor) -> None:
         """Records a pass whose logits are known. If they differ, or it cannot be recorded, none is from now on."""
         if not bool(wanted.isfinite().all()):
             return  # an adapter's fault, which says nothing about graphs
-        own = tokens.clone(), positions.clone()
+        own = tuple(one.clone() for one in inputs)
         try:
             logits, replay = self._recorder.record(lambda: work(*own))
             replay()
@@ -147,7 +143,7 @@ class DecodeGraphs:
         if not error <= _TOLERANCE:  # NaN too
             self._give_up(f"a row's logits by a graph differ by {error:.2g} of their norm")
             return
-        self._recorded[kind] = _Recorded(*own, logits, replay)
+        self._recorded[kind] = _Recorded(own, logits, replay)
         if len(self._recorded) > MOST:
             self._recorded.popitem(last=False)
 
