@@ -323,6 +323,73 @@ def test_a_batch_that_fails_keeps_no_graphs(llama: Path, recorder: OpRecorder) -
     assert not graphs._recorded
 
 
+def test_requests_one_after_another_share_graphs(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    base, laid = stocked(llama, tmp_path, 1)
+    wanted = [answer(one, PROMPTS[1]) for one in (base, laid[0])]
+    first = recorder.recorded
+    assert [answer(one, PROMPTS[1]) for one in (base, laid[0]) for _ in range(3)] == [wanted[0]] * 3 + [wanted[1]] * 3
+    assert recorder.recorded == first
+    laid[0].leave()
+    base.leave()
+    assert base.memory.nbytes == 0
+
+
+def test_graphs_leave_for_rows(llama: Path) -> None:
+    model = read(llama)
+    memory, recorder = CacheMemory(2**24), OpRecorder(bytes_each=2**23)
+    batch = Batch(model, memory=memory, recorder=lambda: recorder)
+    rows = [batch.join(PROMPTS[0])]
+    said = tokens(rows, 6)  # type: ignore[arg-type]
+    assert memory.nbytes == batch.nbytes + recorder.nbytes == batch.nbytes + 2**23
+    memory.limit = memory.nbytes + batch.nbytes
+    rows += [batch.join(PROMPTS[1]), batch.join(PROMPTS[3])]  # slots for four rows
+    more = tokens(rows, TOKENS - 6)  # type: ignore[arg-type]
+    assert len(batch.rows) == 3
+    assert recorder.nbytes == 0
+    assert memory.nbytes == batch.nbytes <= memory.limit
+    assert said[0] + more[0] == alone(model, PROMPTS[0])
+
+
+def test_graphs_and_resting_slots_leave_for_another_base(llama: Path) -> None:
+    model = read(llama)
+    memory, recorders = CacheMemory(2**24), [OpRecorder(2**20), OpRecorder(2**20)]
+    one, other = (Batch(model, memory=memory, recorder=lambda made=made: made) for made in recorders)  # type: ignore[misc]
+    row = one.join(PROMPTS[0])
+    tokens([row], 6)  # type: ignore[list-item]
+    needed = one.nbytes
+    row.close()
+    assert (one.nbytes, memory.nbytes) == (0, needed + 2**20)
+    memory.limit = needed
+    assert tokens([other.join(PROMPTS[1])]) == [alone(model, PROMPTS[1])]  # type: ignore[list-item]
+    assert memory.nbytes == other.nbytes == needed
+    assert one._lanes[0].slots.nbytes == recorders[0].nbytes == 0
+
+
+def test_a_step_for_which_there_is_no_room_is_recorded_once(llama: Path) -> None:
+    model = read(llama)
+    memory, recorder = CacheMemory(2**24), OpRecorder(bytes_each=2**24)
+    batch = Batch(model, memory=memory, recorder=lambda: recorder)
+    row = batch.join(PROMPTS[0])
+    assert tokens([row]) == [alone(model, PROMPTS[0])]  # type: ignore[list-item]
+    assert (recorder.recorded, recorder.nbytes) == (1, 0)
+    assert memory.nbytes == batch.nbytes
+    memory.limit *= 2
+    tokens([row], 6)  # type: ignore[list-item]
+    assert (recorder.recorded, recorder.nbytes) == (2, 2**24)
+
+
+def test_the_least_used_graphs_leave_first(llama: Path) -> None:
+    model = read(llama)
+    memory, recorders = CacheMemory(2**26), [OpRecorder(2**24) for _ in range(3)]
+    batches = [Batch(model, memory=memory, recorder=lambda made=made: made) for made in recorders]  # type: ignore[misc]
+    rows = [batch.join(PROMPTS[0]) for batch in batches[:2]]
+    tokens(rows, 6)  # type: ignore[arg-type]
+    tokens(rows[:1], 1)  # type: ignore[arg-type]
+    memory.limit = memory.nbytes + 2**20  # room for a third row's slots
+    tokens([batches[2].join(PROMPTS[0])], 6)  # type: ignore[list-item]
+    assert [recorder.nbytes for recorder in recorders] == [2**24, 0, 2**24]
+
+
 def test_few_graphs_are_kept(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graphs, "MOST", 1)
     model = read(llama)
@@ -339,8 +406,12 @@ def test_a_cpu_records_nothing(llama: Path) -> None:
     assert recorder_for(read(llama)) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
+def needs_gpu(test: Any) -> Any:
+    reason = "no CUDA device: run this on a host with a GPU"
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
+
+
+@needs_gpu
 def test_a_gpu_replays_graphs_and_answers_as_passes_alone(llama: Path, tmp_path: Path) -> None:
     folders = [make(tmp_path / str(seed), llama, seed, r=rank) for seed, rank in enumerate((8, 8, 64))]
     base = Base(Source(llama, None, "cuda", torch.float32, graphs=True), CacheMemory(2**30))
@@ -350,6 +421,40 @@ def test_a_gpu_replays_graphs_and_answers_as_passes_alone(llama: Path, tmp_path:
     for together in ([0], [1], [0, 0, 0], [1, 2], [2, 1], [1, 2, 3, 0], [3, 3, 1], [0, 2]):
         rows = [laid[i].stream(PROMPTS[1]) for i in together]
         assert tokens(rows) == [wanted[i] for i in together], together
-        assert len(graphs._recorded) == 1, together  # type: ignore[union-attr]
+        assert graphs._recorded, together  # type: ignore[union-attr]
         for row in rows:
             row.close()
+
+
+@needs_gpu
+def test_a_gpu_keeps_graphs_while_adapters_come_and_go(llama: Path, tmp_path: Path) -> None:
+    memory = CacheMemory(2**30)
+    base = Base(Source(llama, None, "cuda", torch.float32, graphs=True), memory)
+    laid = [base.lay_on(make(tmp_path / str(seed), llama, seed)) for seed in range(4)]
+    wanted = [answer(one, PROMPTS[1]) for one in laid]
+    graphs = base.batch._lanes[0]._graphs  # type: ignore[union-attr]
+    held = dict(graphs._recorded)  # type: ignore[union-attr]
+    assert held
+    laid[3].leave()
+    laid[3] = base.lay_on(tmp_path / "3")
+    assert [answer(one, PROMPTS[1]) for one in laid] == wanted
+    assert dict(graphs._recorded) == held  # type: ignore[union-attr]
+    rows = [one.stream(PROMPTS[1]) for one in (*laid, *reversed(laid))]  # read together, which moves them
+    assert tokens(rows) == wanted + wanted[::-1]
+
+
+@needs_gpu
+def test_a_gpus_graphs_count_in_the_memory(llama: Path) -> None:
+    memory = CacheMemory(2**30)
+    base = Base(Source(llama, None, "cuda", torch.float32, graphs=True), memory)
+    row = base.stream(PROMPTS[1])
+    tokens([row])
+    batch, reserved = base.batch, torch.cuda.memory_reserved()
+    recorder = batch._lanes[0]._graphs._recorder  # type: ignore[union-attr]
+    assert memory.nbytes == batch.nbytes + recorder.nbytes > batch.nbytes  # type: ignore[union-attr]
+    held = recorder.nbytes
+    batch._lanes[0]._graphs.clear()  # type: ignore[union-attr]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert recorder.nbytes == 0
+    assert torch.cuda.memory_reserved() <= reserved - held

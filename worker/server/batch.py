@@ -125,8 +125,8 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held now."""
-        return sum(lane.slots.nbytes for lane in self._lanes.values())
+        """Bytes of the rows' keys and values."""
+        return sum(lane.nbytes for lane in self._lanes.values())
 
     @property
     def bytes_a_position(self) -> int:
@@ -178,11 +178,15 @@ class Batch:
         with self._lock:
             rows = [*self.rows, *self._joining]
             self._joining.clear()
-        for lane in self._lanes.values():
-            lane.clear()
+        self.clear()
         self.memory.reserve(self, 0, must=True)
         for row in rows:
             row.failure, row.best, row.found, row.lane = error, None, None, None
+
+    def clear(self) -> None:
+        """Frees the memory of all rows, and of what is kept for the next ones."""
+        for lane in self._lanes.values():
+            lane.clear()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -217,7 +221,7 @@ class Batch:
                 row.reused = row.fed
 
     def _new_lane(self) -> Lane:
-        return Lane(self._model, self._adapters, None if self._recorder is None else self._recorder())
+        return Lane(self._model, self._adapters, self.memory, None if self._recorder is None else self._recorder())
 
     def _lane_for(self, row: Row) -> Lane:
         """Returns the lane for rows of this length: each is for rows up to four times as long as the one before."""
@@ -273,5 +277,10 @@ class Batch:
 
     def _fits(self, joined: Lane | None, *joining: Row) -> bool:
         """Whether there is memory for the next pass of each lane, with the rows that join one of them."""
+        if joined is not None:
+            joined.wake()
         nbytes = sum(lane.size(*(joining if lane is joined else ())) for lane in self._lanes.values())
-        return self.memory.reserve(self, nbytes, must=len(self.rows) + len(joining) == 1)
+        fits = self.memory.reserve(self, nbytes, must=len(self.rows) + len(joining) == 1)
+        if joined is not None and not fits:
+            joined.rest()
+        return fits

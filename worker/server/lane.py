@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from worker.server.cache_memory import CacheMemory
 from worker.server.slots import Slots
 from worker.trainer.decoding.graphs import DecodeGraphs, Recorder
 from worker.trainer.decoding.passes import Passes
@@ -43,9 +44,14 @@ class Adapters(Protocol):
 class Lane:
     """The rows, in the order of their slots: first the `running` ones, then those whose prompts are being read."""
 
-    def __init__(self, model: Any, adapters: Adapters | None, recorder: Recorder | None = None) -> None:
-        """`recorder`: records passes over one token of each row; None: no pass is recorded."""
-        self._graphs = None if recorder is None else DecodeGraphs(recorder)
+    def __init__(
+        self, model: Any, adapters: Adapters | None, memory: CacheMemory, recorder: Recorder | None = None
+    ) -> None:
+        """`memory`: for what is worth keeping while nothing else needs it. `recorder`: records passes over one token
+        of each row; None: no pass is recorded.
+        """
+        self._memory = memory
+        self._graphs = None if recorder is None else DecodeGraphs(recorder, memory)
         self.slots = Slots(model)
         self._passes = Passes(model, self.slots)
         self.rows: list[Row] = []
@@ -67,6 +73,11 @@ class Lane:
         """Returns the positions that the longest row needs in the next pass."""
         return max((len(row.ids) for row in (*self.rows, *joining)), default=0) + WIDTH_STEP
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows' keys and values."""
+        return self.slots.nbytes if self.rows else 0
+
     def size(self, *joining: "Row") -> int:
         """Returns the bytes of keys and values in the next pass."""
         count = len(self.rows) + len(joining)
@@ -85,11 +96,22 @@ class Lane:
         self.move(row, len(self.rows) - 1)
         self.rows.pop()
         self.slots.drop()
-        if self._graphs is not None and not self.rows:
-            self._graphs.clear()
+        self.rest()
+
+    def rest(self) -> None:
+        """Keeps the slots that recorded steps read for the next rows, as long as nothing else needs their memory."""
+        if not self.rows:
+            is_recorded = self._graphs is not None and self._graphs.any
+            if not is_recorded or not self._memory.lend(self.slots, self.slots.nbytes, self.clear):
+                self.clear()
+
+    def wake(self) -> None:
+        """Takes back the slots for rows that are about to join."""
+        self._memory.release(self.slots)
 
     def clear(self) -> None:
-        """Removes all rows."""
+        """Removes all rows, and frees all memory."""
+        self._memory.release(self.slots)
         self.rows, self.running = [], 0
         self.slots.clear()
         if self._graphs is not None:

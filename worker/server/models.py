@@ -106,6 +106,7 @@ class Base:
 
     def leave(self) -> None:
         if self.batch is not None:
+            self.batch.clear()
             self.memory.forget(self.batch)
         self.model = self.unhooked = self.bank = self.batch = None  # type: ignore[assignment]  # unused from now on
         gc.collect()

@@ -60,8 +60,6 @@ class Slots(Cache):
     def drop(self) -> None:
         """Frees the last row's slot."""
         self.count -= 1
-        if not self.count:
-            self.clear()
         for part in chain(self.keys, self.values):
             part[self.count] = 0  # a masked NaN is still a NaN after the product, in the next row of this slot
 

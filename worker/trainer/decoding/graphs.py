@@ -40,8 +40,27 @@ class Recorder(Protocol):
         Raises RuntimeError for work that waits for the device.
         """
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the recordings hold."""
+
     def forget(self) -> None:
         """Releases what recordings share; is called when none is used any more."""
+
+
+class Lender(Protocol):
+    """Memory that recordings may take while nothing else needs it."""
+
+    def lend(self, holder: object, nbytes: int, free: Callable[[], None]) -> bool:
+        """Lends memory, in place of what the holder had, until it is released or taken back by calling `free`; returns
+        whether there is room.
+        """
+
+    def use(self, holder: object) -> None:
+        """Makes a loan the last to be taken back."""
+
+    def release(self, holder: object) -> None:
+        """Ends a loan, if there is one."""
 
 
 class CudaRecorder:
@@ -53,6 +72,11 @@ class CudaRecorder:
     def forget(self) -> None:
         """Starts a new pool of memory: the old one is freed with its last graph, and must not be used again."""
         self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def nbytes(self) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(one["total_size"] for one in segments if one["segment_pool_id"] == self._pool)
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
@@ -81,9 +105,11 @@ class _Recorded:
 class DecodeGraphs:
     """The recorded passes over one cache."""
 
-    def __init__(self, recorder: Recorder, *, eager: int = RARE) -> None:
-        """`eager`: the passes of a kind before it is recorded."""
+    def __init__(self, recorder: Recorder, memory: Lender | None = None, *, eager: int = RARE) -> None:
+        """`memory`: which recordings may take; None: any. `eager`: the passes of a kind before it is recorded."""
         self._recorder = recorder
+        self._memory = memory
+        self._needed = 0  # bytes of all graphs after the last recording, also when they were dropped since
         self._eager = eager
         self._addresses: Hashable = None
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
@@ -107,13 +133,22 @@ class DecodeGraphs:
                 self._record(kind, inputs, work, logits)
             return logits
         self._recorded.move_to_end(kind)
+        if self._memory is not None:
+            self._memory.use(self)
         for own, given in zip(found.inputs, inputs, strict=True):
             own.copy_(given)
         found.replay()
         return found.logits
 
+    @property
+    def any(self) -> bool:
+        """Whether there are graphs."""
+        return bool(self._recorded)
+
     def clear(self) -> None:
         """Drops all graphs, with the memory that they hold."""
+        if self._memory is not None:
+            self._memory.release(self)
         self._recorded.clear()
         self._seen.clear()
         self._recorder.forget()
@@ -128,6 +163,8 @@ class DecodeGraphs:
         """Records a pass whose logits are known. If they differ, or it cannot be recorded, none is from now on."""
         if not bool(wanted.isfinite().all()):
             return  # an adapter's fault, which says nothing about graphs
+        if not self._has_room(self._needed):
+            return
         own = tuple(one.clone() for one in inputs)
         try:
             logits, replay = self._recorder.record(lambda: work(*own))
@@ -146,6 +183,15 @@ class DecodeGraphs:
         self._recorded[kind] = _Recorded(own, logits, replay)
         if len(self._recorded) > MOST:
             self._recorded.popitem(last=False)
+        self._needed = self._recorder.nbytes
+        self._has_room(self._needed)
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Whether all graphs may take these bytes; if not, all are dropped: one alone frees none of what they share."""
+        if self._memory is None or self._memory.lend(self, nbytes, self.clear):
+            return True
+        self.clear()
+        return False
 
     def _give_up(self, reason: str) -> None:
         log.warning("decoding steps are not recorded as CUDA graphs: %s", reason)
