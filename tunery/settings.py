@@ -68,8 +68,8 @@ class Settings(BaseSettings):
     server_cache_bytes: int | None = Field(
         None,
         ge=1,
-        description="Memory for the keys and values of running answers and of cached prompts, and for recorded decoding "
-        "steps. Absent: an eighth of the device's memory",
+        description="Memory for the keys and values of running answers and of cached prompts, and for recorded steps. "
+        "Absent: an eighth of the device's memory",
     )
     server_cuda_graphs: bool = Field(
         True, description="Whether the model server records the steps of its answers as CUDA graphs, on a GPU"

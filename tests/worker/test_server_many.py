@@ -201,14 +201,33 @@ def test_requests_that_are_refused_leave_a_stream_alone(ask: Any) -> None:
     assert text(ask("a")) != text(ask("b"))
 
 
-def test_adapter_that_has_changed_on_the_host_is_fetched_again(ask: Any, shop: Shop, engine: Engine) -> None:
+@pytest.mark.parametrize("change", ["replaced", "cut", "deleted"])
+def test_adapter_that_has_changed_on_the_host_is_fetched_again(
+    ask: Any, shop: Shop, engine: Engine, change: str
+) -> None:
     wanted = text(ask("a"))
-    folder = shop.root / "models" / shop.files["a"]["manifest_sha256"]
-    other = shop.root / "b" / "adapter_model.safetensors"
-    shutil.copy(other, folder / "adapter_model.safetensors")
+    weights = shop.root / "models" / shop.files["a"]["manifest_sha256"] / "adapter_model.safetensors"
+    if change == "replaced":
+        shutil.copy(shop.root / "b" / "adapter_model.safetensors", weights)
+    elif change == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        weights.unlink()
     fresh = Engine(shop.root / "models", shop.storage)
     with serving(fresh) as port, client_of(port) as client:
         assert text(asker(client, shop)("a")) == wanted
+
+
+def test_adapter_is_hashed_once(ask: Any, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is downloaded; what a server finds on its host it hashes too."""
+    hashed: list[Path] = []
+    digest = manifest.digest
+    monkeypatch.setattr(manifest, "digest", lambda path: (hashed.append(path), digest(path))[1])  # type: ignore[func-returns-value]
+    wanted = text(ask("a"))
+    assert not hashed
+    with serving(Engine(shop.root / "models", shop.storage)) as port, client_of(port) as client:
+        assert text(asker(client, shop)("a")) == wanted
+    assert [path.name for path in hashed] == ["adapter_model.safetensors"]
 
 
 def test_name_that_means_another_model_answers_as_that_one(ask: Any, shop: Shop) -> None:

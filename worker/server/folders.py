@@ -26,11 +26,25 @@ def fetch_texts(models_dir: Path, storage: Storage, files: Files) -> Path:
 
 def check(models_dir: Path, storage: Storage, files: Files) -> Path:
     """Returns an adapter's folder, fetched again if its weights on this host have changed."""
+    was_here = is_here(models_dir, files)
     folder = fetch(models_dir, storage, files)
+    return fetch_again(models_dir, storage, files) if was_here and not is_intact(folder) else folder
+
+
+def is_here(models_dir: Path, files: Files) -> bool:
+    """Whether the model's folder is on this host; `fetch` checks what it has to download."""
+    return (models_dir / files.manifest_sha256 / manifest.NAME).exists()
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether an adapter's weights are those of its manifest."""
     listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
     wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)
-    if wanted is not None and manifest.digest(folder / WEIGHTS) == wanted:
-        return folder
+    return (folder / WEIGHTS).is_file() and manifest.digest(folder / WEIGHTS) == wanted
+
+
+def fetch_again(models_dir: Path, storage: Storage, files: Files) -> Path:
+    """Returns the model's folder, of which the files that have changed on this host are fetched."""
     log.warning("%s has changed on this host and is downloaded again", files.id)
-    (folder / manifest.NAME).unlink()
+    (models_dir / files.manifest_sha256 / manifest.NAME).unlink(missing_ok=True)
     return fetch(models_dir, storage, files)

@@ -9,6 +9,7 @@ base.
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from worker.server.cache_memory import CacheMemory
 from worker.server.folders import WEIGHTS
 from worker.server.generation import Generation
 from worker.server.grammar import Grammar
-from worker.server.models import Base, Source
+from worker.server.models import Base, BrokenAdapter, Source
 from worker.server.rendering import Rendering, Renderings
 from worker.server.residents import Residents
 from worker.server.schemas import ChatRequest
@@ -143,6 +144,7 @@ class Engine:
     def hold(self, chosen: Chosen) -> Ready:
         """Returns the model, which is loaded unless it is in memory. Raises as `answer` does."""
         weights = self._folder(chosen.weights)
+        is_new = chosen.adapter is not None and not folders.is_here(self._models_dir, chosen.adapter)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
         source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype, self._graphs)
         key = f"{chosen.weights.manifest_sha256} {source.four_bits}"
@@ -152,7 +154,7 @@ class Engine:
             if chosen.adapter is None or adapter is None:
                 return Ready(base, rendering, None, _once(lambda: self._residents.release(key)))
             laid_key = f"{key} {chosen.adapter.manifest_sha256}"
-            laid = self._hold_adapter(laid_key, chosen.adapter, base, adapter, key)
+            laid = self._hold_adapter(laid_key, chosen.adapter, base, adapter, key, is_new)
         except BaseException:
             self._residents.release(key)
             raise
@@ -170,9 +172,9 @@ class Engine:
 
         return self._residents.hold(key, files.id, source.nbytes, load, waits=True)
 
-    def _hold_adapter(self, key: str, files: Files, base: Base, folder: Path, base_key: str) -> Any:
+    def _hold_adapter(self, key: str, files: Files, base: Base, folder: Path, base_key: str, is_new: bool) -> Any:
         def load() -> Any:
-            made = base.lay_on(folders.check(self._models_dir, self._storage, files))
+            made = base.lay_on(folder) if is_new else self._lay_on_checked(base, files, folder)
             # An adapter keeps its base in memory, used or not.
             self._hold_base(base_key, files, base.source)
             made.on_leave = lambda: self._residents.release(base_key)
@@ -180,6 +182,21 @@ class Engine:
 
         size = (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).exists() else 0
         return self._residents.hold(key, files.id, size, load)
+
+    def _lay_on_checked(self, base: Base, files: Files, folder: Path) -> Any:
+        """Loads an adapter onto its base while its weights are checked; if they have changed, fetches them first."""
+        with ThreadPoolExecutor(1, "checker") as checker:
+            checking = checker.submit(folders.is_intact, folder)
+            try:
+                made = base.lay_on(folder)
+            except BrokenAdapter:
+                if checking.result():
+                    raise
+            else:
+                if checking.result():
+                    return made
+                made.leave()
+        return base.lay_on(folders.fetch_again(self._models_dir, self._storage, files))
 
     def _folder(self, files: Files) -> Path:
         return folders.fetch(self._models_dir, self._storage, files)
