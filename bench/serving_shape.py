@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
 from worker.server.factors import Factors, Site
 from worker.server.streams import Alone
-from worker.trainer.decoding.graphs import recorder_for
+from worker.trainer.decoding.graphs import Recorder, recorder_for
 from worker.trainer.rope import LengthRope
 
 LLAMA_8B = LlamaConfig(
@@ -55,9 +56,11 @@ class Large:
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         recorder = recorder_for(self.model) if graphs else None
+        self.recorded = 0
         self.device, self.rank = device, rank
         self.bank = Bank(self.model)
-        self.batch = Batch(self.model, self.bank, CacheMemory(32 * 2**30), recorder=recorder)
+        self.cache = CacheMemory(32 * 2**30)
+        self.batch = Batch(self.model, self.bank, self.cache, recorder=recorder and self._counted(recorder))
         self.base_bytes = _allocated(device)
         self.adapters = [_adapter(self.model, rank) for _ in range(RESIDENT)]
         for adapter in self.adapters:
@@ -73,6 +76,8 @@ class Large:
             raise ValueError(f"At most {RESIDENT} streams: each has an adapter.")
         return {
             "tokens_per_second": lambda: self.rates(streams, tokens),
+            "in_turn": lambda: self.in_turn(tokens),
+            "traffic": lambda: self.traffic(tokens),
             "memory": self.memory,
             "loading_seconds": lambda: _load(self.model, self.bank, self.adapters[0].sites, self.rank),
             "switching": lambda: self.switching(tokens),
@@ -93,12 +98,61 @@ class Large:
             "mixed_of_base": round_(found["mixed_adapters"] / found["mixed"]),
         }
 
+    def in_turn(self, tokens: int) -> dict[str, Any]:
+        """Tokens a second of requests one after another, each with its prompt, and the steps recorded meanwhile."""
+        return self._recording({
+            "base": lambda: _turnover(self.batch, 1, None, tokens),
+            "adapters": lambda: _turnover(self.batch, 1, self.adapters, tokens),
+        })  # fmt: skip
+
+    def traffic(self, tokens: int) -> dict[str, Any]:
+        """Tokens a second of MIXED requests at a time, where one ends another joins, with prompts: on the base, with
+        an adapter each, and while other adapters are loaded and evicted besides.
+        """
+        return self._recording({
+            "base": lambda: _turnover(self.batch, MIXED, None, tokens),
+            "adapters": lambda: _turnover(self.batch, MIXED, self.adapters, tokens),
+            "adapters_that_change": lambda: _turnover(self.batch, MIXED, self.adapters, tokens, self._reload),
+        })  # fmt: skip
+
+    def _recording(self, stages: dict[str, Callable[[], float]]) -> dict[str, Any]:
+        found = {}
+        for name, stage in stages.items():
+            before = self.recorded
+            found[name] = {"tokens_per_second": round_(stage()), "recorded": self.recorded - before}
+        return found
+
+    def _reload(self) -> None:
+        """Evicts the last adapter, which has no rows, and loads it again."""
+        gone = self.adapters[-1]
+        flat = torch.randn(gone.nbytes // 4, device=self.device) * 0.01
+        self.bank.remove(gone)
+        self.adapters[-1] = Factors(gone.sites, flat)
+        self.bank.add(self.adapters[-1])
+
+    def _counted(self, make: Callable[[], Recorder]) -> Callable[[], Recorder]:
+        """Returns `make` with recorders whose recordings are counted."""
+
+        def made() -> Recorder:
+            recorder = make()
+            record = recorder.record
+
+            def counted(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+                self.recorded += 1
+                return record(work)
+
+            recorder.record = counted  # type: ignore[method-assign]
+            return recorder
+
+        return made
+
     def memory(self) -> dict[str, Any]:
         """Bytes allocated with the base alone, and with RESIDENT adapters that have answered."""
         adapter, both = self.adapters[0].nbytes, _allocated(self.device)
         over = both / (self.base_bytes + RESIDENT * adapter) - 1 if self.base_bytes else None
         base = {"base": self.base_bytes, "adapter": adapter, "both": both}
-        return base | {"over_base_and_adapters": over and round_(over)}
+        graphs = self.cache.nbytes  # no row is left: the graphs, and the slots that they read
+        return base | {"graphs": graphs, "over_base_and_adapters": over and round_(over)}
 
     def switching(self, tokens: int) -> dict[str, float]:
         """Tokens a second of one request after another, each with an adapter of its own by PEFT's `set_adapter`."""
@@ -177,6 +231,32 @@ def _write(batch: Batch, streams: int, adapters: list[Factors] | None, tokens: i
     for row in rows:
         row.close()
     return streams * tokens / seconds
+
+
+def _turnover(
+    batch: Batch, streams: int, adapters: list[Factors] | None, tokens: int, between: Callable[[], None] | None = None
+) -> float:
+    """Returns tokens a second of 4 * `streams` requests, at most `streams` at a time; `between` is called as each ends.
+
+    They write `tokens` tokens and some more, so that they end one by one.
+    """
+    waiting, rows, written = deque(range(4 * streams)), dict[Row, int](), 0
+    begun = time.perf_counter()
+    while rows or waiting:
+        while waiting and len(rows) < streams:
+            number = waiting.popleft()
+            adapter = adapters and adapters[number % (RESIDENT - 1)]
+            rows[batch.join(prompt(number), adapter, is_greedy=True)] = tokens + number % 8
+        batch.step()
+        for row in [row for row in rows if row.is_ready]:
+            row.push(row.likeliest())
+            rows[row], written = rows[row] - 1, written + 1
+            if not rows[row]:
+                row.close()
+                del rows[row]
+                if between is not None:
+                    between()
+    return written / (time.perf_counter() - begun)
 
 
 def prompt(number: int, length: int = PROMPT) -> list[int]:
