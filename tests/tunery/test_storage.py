@@ -1,15 +1,18 @@
 """What both kinds of storage do: one suite, run against a directory and against a real S3 server."""
 
+import errno
 import hashlib
+import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from seaweed import Seaweed
 
 from tunery.settings import Settings
-from tunery.storage import CHUNK, Storage, check_key, open_storage
+from tunery.storage import CHUNK, Storage, check_key, open_storage, protocol
 from tunery.storage.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 
 BIG = 37 * 2**20 + 11
@@ -162,6 +165,30 @@ def test_a_fetch_that_is_called_off_leaves_nothing(storage: Storage, tmp_path: P
     with pytest.raises(InterruptedError):
         storage.fetch("a", tmp_path / "file", stored.sha256, check)
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_fetch_is_synced_as_it_comes(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The system tells an error of the disk once, at whichever sync is the next."""
+    content = _content(4 * CHUNK + 7)
+    stored = storage.put("a", content)
+    monkeypatch.setattr(protocol, "_UNSYNCED", CHUNK)
+    fsync, sizes = os.fsync, list[int]()
+
+    def noted(file: int) -> None:
+        sizes.append(os.fstat(file).st_size)
+        if fails and len(sizes) == 1:
+            raise OSError(errno.EIO, "no more")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with pytest.raises(OSError, match="no more") if fails else nullcontext():
+        storage.fetch("a", tmp_path / "file", stored.sha256)
+    assert sizes[0] < len(content)
+    assert sizes[-1] == len(content) or fails
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ([] if fails else ["file"])
 
 
 def test_listing(storage: Storage) -> None:

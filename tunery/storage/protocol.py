@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from tunery.storage.errors import ChecksumMismatch
 
@@ -18,6 +18,8 @@ CHUNK = 2**20
 """Bytes per chunk of a read."""
 _BEHIND = 8
 """The most chunks of a download that wait to be hashed: they are held in memory."""
+_UNSYNCED = 2**24
+"""Bytes of a download after which the disk begins to write them, so that little is left at its end."""
 PRESIGN_SECONDS = 900
 """Seconds that a presigned URL works: enough to start a download, too few for one that leaks into a log."""
 
@@ -143,7 +145,7 @@ def fetch(storage: Storage, key: str, path: Path, expected: str, check: Check) -
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
     try:
         # Hashing takes as long as all the rest, and lets another thread run meanwhile.
-        with ThreadPoolExecutor(1) as hashing, os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file, ThreadPoolExecutor(1) as hashing, _Syncing(file) as syncing:
             behind: deque[Future[None]] = deque()
             for data in storage.read(key):
                 check()
@@ -151,11 +153,45 @@ def fetch(storage: Storage, key: str, path: Path, expected: str, check: Check) -
                 if len(behind) > _BEHIND:
                     behind.popleft().result()
                 file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+                syncing.go_on(len(data))
+            syncing.finish()
         if found.hexdigest() != expected:
             raise ChecksumMismatch(key=key, expected=expected, found=found.hexdigest())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+class _Syncing:
+    """Has the disk write a file in another thread, while more is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._thread = ThreadPoolExecutor(1)
+        self._unsynced = 0
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> "_Syncing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def go_on(self, written: int) -> None:
+        """Begins to sync what has been written, if it is much and the disk is idle. Raises OSError."""
+        self._unsynced += written
+        if self._unsynced >= _UNSYNCED and (self._running is None or self._running.done()):
+            self._wait()
+            self._file.flush()
+            self._running, self._unsynced = self._thread.submit(os.fsync, self._file.fileno()), 0
+
+    def finish(self) -> None:
+        """Syncs the whole file. Raises OSError."""
+        self._wait()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()  # the system tells an error once: the last fsync would not have it
