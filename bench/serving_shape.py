@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bench.shop import round_
 from tunery.artifacts import manifest
 from tunery.storage import Directory
+from worker.server import folders
 from worker.server.bank import Bank
 from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
@@ -186,7 +188,9 @@ def _switch(model: Any, rank: int, tokens: int) -> float:
 
 
 def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str, float]:
-    """Returns seconds to fetch an adapter from local storage, check its hashes and add it to the device's."""
+    """Returns seconds to fetch an adapter from local storage, check its hashes and add it to the device's; `on_host`:
+    the same for one whose files are on this host, which are hashed meanwhile.
+    """
     with tempfile.TemporaryDirectory() as root:
         folder, storage = Path(root) / "adapter", Directory(Path(root) / "objects")
         folder.mkdir()
@@ -197,18 +201,34 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
         save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
         _, sha256 = manifest.publish(storage, "models/one", folder)
-        seconds = []
-        for number in range(5):
-            begun = time.perf_counter()
-            there = Path(root) / str(number)
-            manifest.fetch(storage, "models/one", manifest.load(storage, "models/one", sha256), there)
+
+        def add(there: Path) -> float:
+            """Returns when it was added."""
             factors = Factors.read(there, model)
             assert factors is not None
             bank.add(factors)
             factors.flat[:1].tolist()  # type: ignore[index]  # waits until it is on the device
-            seconds.append(time.perf_counter() - begun)
+            ended = time.perf_counter()
             bank.remove(factors)
-        return {"median": round_(median(seconds)), "worst": round_(max(seconds))}
+            return ended
+
+        fetched, on_host = [], []
+        for number in range(5):
+            begun, there = time.perf_counter(), Path(root) / str(number)
+            manifest.fetch(storage, "models/one", manifest.load(storage, "models/one", sha256), there)
+            fetched.append(add(there) - begun)
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(1) as checker:
+                checking = checker.submit(folders.is_intact, there)
+                add(there)
+                assert checking.result()
+                on_host.append(time.perf_counter() - begun)
+        return {
+            "median": round_(median(fetched)),
+            "worst": round_(max(fetched)),
+            "on_host_median": round_(median(on_host)),
+            "on_host_worst": round_(max(on_host)),
+        }
 
 
 def _adapter(model: Any, rank: int) -> Factors:
