@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from streamed import PROMPTS, TOKENS, by_peft, greedy, make
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from streamed import PROMPTS, TOKENS, alone, by_peft, greedy, make
 
+from tunery.planning.precision import decide
+from tunery.spec import Qlora
 from worker.server import factors
 from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
@@ -166,6 +170,37 @@ def test_adapters_on_experts_answer_alone(layers: str, tmp_path: Path) -> None:
         by_peft(made, folder, PROMPTS[0]),
         by_peft(made, None, PROMPTS[1]),
     ]
+
+
+def test_adapters_are_mixed_on_a_base_in_four_bits(llama: Path, folders: list[Path]) -> None:
+    precision = decide(Qlora(r=8, double_quant=False, compute_dtype="float32"), "cpu")
+    source = Source(llama, precision, "cpu", torch.float32)
+    base = Base(source, CacheMemory(2**30))
+    laid: list[Any] = [base, *(base.lay_on(folder) for folder in folders[:2])]  # of ranks 8 and 64
+    assert all(isinstance(one, StackedAdapter) for one in laid[1:])
+    rows = [one.stream(PROMPTS[i]) for i, one in enumerate(laid)]
+    said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
+
+    wanted = [alone(source.read().eval(), PROMPTS[0])]
+    for i, folder in enumerate(folders[:2], 1):
+        wanted.append(alone(PeftModel.from_pretrained(source.read(), folder).eval(), PROMPTS[i]))
+    assert [list(one) for one in zip(*said, strict=True)] == wanted
+    assert wanted[0] != by_peft(llama, None, PROMPTS[0]), "four bits change no answer of this base"
+
+
+def test_adapter_whose_numbers_are_broken_changes_no_other_answer(llama: Path, tmp_path: Path) -> None:
+    folders = [make(tmp_path / str(seed), llama, seed) for seed in range(2)]
+    weights = load_file(folders[1] / "adapter_model.safetensors")
+    save_file({name: part.fill_(torch.nan) for name, part in weights.items()}, folders[1] / "adapter_model.safetensors")
+    base = load(llama)
+    laid: list[Any] = [base, *(base.lay_on(folder) for folder in folders)]
+    rows = [one.stream(PROMPTS[0]) for one in laid]
+    said = [[greedy(row) for row in rows[:2]] for _ in range(TOKENS) if greedy(rows[2]) >= 0]
+    wanted = [by_peft(llama, folder, PROMPTS[0]) for folder in (None, folders[0])]
+    assert [list(one) for one in zip(*said, strict=True)] == wanted
+    rows[2].close()
+    row = laid[1].stream(PROMPTS[3])  # in its slot, and in the same stack
+    assert [greedy(row) for _ in range(TOKENS)] == by_peft(llama, folders[0], PROMPTS[3])
 
 
 def test_adapter_of_another_base_is_refused_in_a_sentence(llama: Path, tmp_path: Path) -> None:
