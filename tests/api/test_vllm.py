@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,44 @@ def test_least_recently_used_adapter_leaves_every_server(
     assert _soon(lambda: first in one.adapters and first in two.adapters)
     _say(client, names[1])
     assert _soon(lambda: [*one.adapters] == [*two.adapters] == [second])
+
+
+def test_adapter_that_was_in_use_leaves_once_it_is_not(recorded: Recorded, ask: Ask, team: Team, serve: Serve) -> None:
+    vllm, names = recorded.vllms[0], [recorded.add(team, name) for name in ("one", "two")]
+    first, second = map(recorded.files.digest, names)
+    client = ask(serve(vllm.app), slots=1)
+    vllm.stalls = True
+    with ThreadPoolExecutor(2) as pool:
+        saying = [pool.submit(_say, client, names[0])]
+        assert _soon(lambda: len(vllm.asked) == 1)
+        saying.append(pool.submit(_say, client, names[1]))
+        assert _soon(lambda: len(vllm.asked) == 2)
+        assert [*vllm.adapters] == [first, second]
+        vllm.stalls = False
+        assert {one.result() for one in saying} == {recorded.text("stream_adapter")}
+    assert _soon(lambda: [*vllm.adapters] == [second])
+
+
+@pytest.mark.parametrize("evicted", [True, False])
+def test_adapter_that_leaves_while_it_is_loaded_does_not_stay(
+    recorded: Recorded, serve: Serve, tmp_path: Path, evicted: bool
+) -> None:
+    vllm = recorded.vllms[0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4}))
+    adapter = Adapter("a" * 64, str(tmp_path), frozenset({BASE}))
+
+    async def scene() -> None:
+        replica = Replica(serve(vllm.app))
+        await replica.look()
+        loading = asyncio.create_task(replica.lay(adapter))
+        await asyncio.sleep(0)  # the load has begun
+        if evicted:
+            await replica.remove(adapter.name)
+        await loading
+        await replica.close()
+
+    asyncio.run(scene())
+    assert (adapter.name in vllm.adapters) is not evicted
 
 
 def test_name_that_comes_to_mean_other_files_is_another_adapter(

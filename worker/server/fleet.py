@@ -60,6 +60,7 @@ class Fleet:
             self._wake.clear()
             try:
                 await self._look()
+                await self._trim()
                 await asyncio.gather(*(self._equip(replica) for replica in self.replicas if replica.is_up))
             except Exception:  # the next round must come, whatever a server has answered
                 log.exception("the vLLM servers could not be checked")
@@ -141,10 +142,9 @@ class Fleet:
 
     async def _look(self) -> None:
         await asyncio.gather(*(replica.look() for replica in self.replicas))
-        for replica in self.replicas:
-            for name, adapter in replica.adapters.items():
-                # Adapters loaded by an earlier process: registered here, so that they are unloaded in their turn.
-                self._held.setdefault(name, _Held(adapter))
+        # Adapters loaded by an earlier process: registered here, so that they are unloaded, before those in use.
+        loaded = {name: adapter for replica in self.replicas for name, adapter in replica.adapters.items()}
+        self._held = {name: _Held(one) for name, one in loaded.items() if name not in self._held} | self._held
 
     async def _equip(self, replica: Replica) -> None:
         """Loads the adapters that the other replicas have and this one lacks."""
@@ -163,18 +163,23 @@ class Fleet:
             self._wake.set()  # for the other replicas
         self._held[adapter.name] = held = _Held(adapter, users=0 if held is None else held.users)
         held.users += 1
+        await self._trim()
+
+    async def _trim(self) -> None:
+        """Unloads the least recently used adapters beyond the slots, unless they are in use."""
         idle = [name for name, one in self._held.items() if not one.users]
         for name in idle[: max(0, len(self._held) - self._slots)]:
             del self._held[name]
             await asyncio.gather(*(self._remove(replica, name) for replica in self.replicas))
 
     async def _remove(self, replica: Replica, name: str) -> None:
-        if name in replica.adapters:
-            try:
-                await replica.remove(name)
-            except ReplicaLost:
-                return  # its adapters are read when it is back
+        try:
+            await replica.remove(name)
+        except ReplicaLost:
+            return  # its adapters are read when it is back
 
     def _release(self, target: Target) -> None:
         if target.adapter is not None and (held := self._held.get(target.adapter.name)) is not None:
             held.users -= 1
+            if not held.users and len(self._held) > self._slots:
+                self._wake.set()

@@ -136,10 +136,10 @@ class Replica:
             self.adapters[adapter.name] = adapter
 
     async def remove(self, name: str) -> None:
-        """Unloads an adapter; one that is not loaded is no error. Raises ReplicaLost."""
+        """Unloads an adapter, if it is loaded or being loaded. Raises ReplicaLost."""
         async with self._loading:
-            self.adapters.pop(name, None)
-            await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            if self.adapters.pop(name, None) is not None:
+                await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def open(self, body: dict[str, Any]) -> httpx2.Response:
         """Returns a completion's stream, which has to be closed. Raises ReplicaLost, AdapterAbsent, InvalidValue."""
