@@ -212,10 +212,11 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
             bank.remove(factors)
             return ended
 
-        fetched, on_host = [], []
+        fetching, fetched, on_host = [], [], []
         for number in range(5):
             begun, there = time.perf_counter(), Path(root) / str(number)
             manifest.fetch(storage, "models/one", manifest.load(storage, "models/one", sha256), there)
+            fetching.append(time.perf_counter() - begun)
             fetched.append(add(there) - begun)
             begun = time.perf_counter()
             with ThreadPoolExecutor(1) as checker:
@@ -226,6 +227,7 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
         return {
             "median": round_(median(fetched)),
             "worst": round_(max(fetched)),
+            "fetch_median": round_(median(fetching)),
             "on_host_median": round_(median(on_host)),
             "on_host_worst": round_(max(on_host)),
         }
