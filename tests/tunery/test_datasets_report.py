@@ -142,6 +142,21 @@ def test_no_personal_data(text: str) -> None:
     assert list(privacy.kinds_in(text)) == []
 
 
+def test_a_key_in_a_long_line_is_found_where_it_is() -> None:
+    """Detectors read only what is near it, as their time may grow with the square of what they read."""
+    key = f"ghp_{'a1B2' * 9}"
+    text = f"{'some words ' * 500}{key} {'and more ' * 500}"
+    (place,) = privacy.places_in(text)
+    assert text[place.begin : place.end] == key
+
+
+def test_an_address_after_a_long_run_of_letters() -> None:
+    """From each letter of a run an address is looked for no further than the longest name of an account."""
+    text = f"{'0123456789abcdef' * 20_000}@example.org"
+    (place,) = privacy.places_in(text)
+    assert text[place.begin : place.end] == f"{('0123456789abcdef' * 20_000)[-64:]}@example.org"
+
+
 def test_answers_cut_inside_json_code_and_labels() -> None:
     whole = [row(at, f"question {at}", LABELS[at % 3]) for at in range(1, 31)]
     cut = [row(40, "a b", '{"intent": "ref'), row(41, "c d", "```python\nx = 1"), row(42, "e f", "card lo")]

@@ -13,14 +13,19 @@ from stdnum.us import ssn
 if TYPE_CHECKING:
     from tunery.datasets.report.case import Case, Finding
 
-_EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
+_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
 _CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]){11,30}\b")
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
 _PHONE = re.compile(r"(?<![\w.,/*=-])(?:\+|\(?\d)[\d\s().-]{6,}\d(?![\w*/=-])")
 _OFFICE = "US"
 """The assumed country of phone numbers without a country code."""
-_KEY = re.compile(r"[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/]+:[^\s/]+@")
+_DIGITS = 10
+"""Minimum digits of a number of that country, or of another one that is dialled from there."""
+_KEY = re.compile(r"[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/:]+:[^\s/@]+@")
+_SHORT, _AROUND = 300, 100
+"""Characters of a line that is read as a whole, and of a longer one before and after what may be a key: a detector can
+take a time that is the square of a line's length."""
 _GUESSING = frozenset(
     {
         "Base64 High Entropy String",
@@ -84,9 +89,21 @@ def _numbers_in(text: str) -> Iterator[Place]:
 def _secrets_in(text: str) -> Iterator[Place]:
     at = 0
     for line in text.split("\n"):
-        if _KEY.search(line):
-            yield from (Place(at + begin, at + end, KEY) for begin, end in _secrets_of(line))
+        for begin, end in _around_keys(line):
+            yield from (
+                Place(at + begin + start, at + begin + stop, KEY) for start, stop in _secrets_of(line[begin:end])
+            )
         at += len(line) + 1
+
+
+def _around_keys(line: str) -> Iterator[tuple[int, int]]:
+    """Yields the parts of a line that may have a key, with what is next to it."""
+    if len(line) <= _SHORT:
+        if _KEY.search(line):
+            yield 0, len(line)
+        return
+    for match in _KEY.finditer(line):
+        yield max(0, match.start() - _AROUND), match.end() + _AROUND
 
 
 def _is_card(text: str) -> bool:
@@ -106,7 +123,7 @@ def _is_phone(text: str) -> bool:
     if text.startswith("+"):
         # Also numbers that a country keeps for films: who makes up data takes them, and a check must find them.
         return any(True for _ in PhoneNumberMatcher(text, None, leniency=Leniency.POSSIBLE))
-    if not re.search(r"\d[ ().-]+\d", text):
+    if sum(map(str.isdigit, text)) < _DIGITS or not re.search(r"\d[ ().-]+\d", text):
         return False
     return any(
         phonenumbers.is_valid_number(match.number)
@@ -119,7 +136,7 @@ _DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _
 
 
 def _secrets_of(line: str) -> Iterator[tuple[int, int]]:
-    """Yields the begin and end of each secret in a line."""
+    """Yields the begin and end of each secret in a line or a part of one."""
     yield from (match.span() for match in _MORE_KEYS.finditer(line))
     for detector in _DETECTORS:
         if any(True for _ in detector.analyze_string(line)):
