@@ -1,9 +1,10 @@
 """Finds exact and near duplicates of rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
-from tunery.datasets.report import texts
+from tunery.datasets.report import shingles, texts
 from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import by_key, whole
 
 NEAR_ANSWER = 0.8
@@ -20,12 +21,23 @@ def find_exact(case: Case) -> Iterator[Finding]:
 def find_near(case: Case) -> Iterator[Finding]:
     """Finds rows whose questions and answers are similar."""
     exact = case.lines_found("exact_duplicate")
-    for first, second, similarity, leaked in case.pairs:
-        if leaked or (first.line in exact and second.line in exact and whole(first) == whole(second)):
-            continue
-        answers = texts.similarity(texts.words(first.answer), texts.words(second.answer))
-        same = texts.squash(first.answer) == texts.squash(second.answer)
-        if same or (answers >= NEAR_ANSWER and texts.load_json(first.answer) is None):
-            lines = sorted((first.line, second.line))
+    pairs = [pair for pair in case.pairs if not (pair.leaked or _are_equal(pair, exact))]
+    answered = {row.line: row.answer for pair in pairs for row in (pair.first, pair.second)}
+    words = {line: texts.words(answer) for line, answer in answered.items()}
+    answers = shingles.similarities([(words[pair.first.line], words[pair.second.line]) for pair in pairs])
+    for pair, similarity in zip(pairs, answers, strict=True):
+        if similarity >= NEAR_ANSWER and _may_be_near(pair):
+            lines = sorted((pair.first.line, pair.second.line))
             why = "Questions and answers are nearly the same."
-            yield Finding("near_duplicate", lines, min(similarity, 1.0 if same else answers), why, "Keep one of them.")
+            yield Finding("near_duplicate", lines, min(pair.similarity, similarity), why, "Keep one of them.")
+
+
+def _are_equal(pair: Pair, exact: Set[int]) -> bool:
+    first, second = pair.first, pair.second
+    return first.line in exact and second.line in exact and whole(first) == whole(second)
+
+
+def _may_be_near(pair: Pair) -> bool:
+    """Whether answers that are similar are so in meaning. Those in JSON may differ in a label alone."""
+    first, second = pair.first.answer, pair.second.answer
+    return texts.load_json(first) is None or texts.squash(first) == texts.squash(second)

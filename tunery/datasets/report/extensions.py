@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tunery.datasets.report import texts
+from tunery.datasets.report import shingles, texts
 from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import Row, by_key
 
@@ -23,10 +23,12 @@ def find(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
     """
     here = by_key(rows, _words)
     there = here if against is rows else by_key(against, _words)
-    for first, second in _extended(here, there):
-        yield from _pair(here[first], there[second])
-    for second, first in _extended(there, here) if there is not here else ():
-        yield from _pair(here[first], there[second])
+    pairs = list(_extended(here, there))
+    if there is not here:
+        pairs += [(first, second) for second, first in _extended(there, here)]
+    for (first, second), similarity in zip(pairs, shingles.similarities(pairs), strict=True):
+        if similarity >= _ALIKE:
+            yield from _pair(here[first], there[second], similarity)
 
 
 def _words(row: Row) -> str:
@@ -48,9 +50,8 @@ def _parts(words: list[str]) -> Iterator[str]:
         yield from (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
 
 
-def _pair(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
-    similarity = texts.similarity(_words(rows[0]), _words(against[0]))
-    answers = {texts.squash(row.answer): row for row in against} if similarity >= _ALIKE else {}
+def _pair(rows: Sequence[Row], against: Sequence[Row], similarity: float) -> Iterator[Pair]:
+    answers = {texts.squash(row.answer): row for row in against}
     for row in rows:
         if (other := answers.get(texts.squash(row.answer))) is not None:
             yield Pair(row, other, similarity, True)

@@ -1,23 +1,24 @@
 """Finds equal and similar questions: candidates by MinHash, each compared exactly."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
-from rensa import RMinHash, RMinHashLSH
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
-from tunery.datasets.report import texts
+from tunery.datasets.report import candidates, shingles, texts
 from tunery.datasets.report.rows import Row
 
 NEAR = 0.7
 """Jaccard similarity of three-character shingles: a greeting or a changed word in a short question stays above it,
 other questions about the same thing do not."""
-_PERMUTATIONS, _BANDS, _SEED = 120, 24, 7  # bands of five: a pair at NEAR is seen with a probability of 0.988
-_BATCH = 2000
-_MOST = 40
-"""Maximum candidates per question, so that a file made from one template does not take quadratic time."""
-_SHOWN = 20
-"""Maximum rows with the same question that are paired with another row, for the same reason."""
+_MOST = 5
+"""Maximum earlier rows with a similar question that a row is paired with: in a file made from one template, all are."""
+
+_COMPARED = 10
+"""Candidates of a question that are compared at a time."""
 
 
 class Pair(NamedTuple):
@@ -30,20 +31,25 @@ class Pair(NamedTuple):
 
 
 class _Question(NamedTuple):
-    """One question and the rows that ask it, of the file and of the other one. `size`: its different shingles."""
+    """One question and the rows that ask it, of the file and of the other one."""
 
     key: str
-    size: int
     rows: list[Row]
     against: list[Row]
 
 
 def find(rows: Sequence[Row], against: Sequence[Row] = ()) -> list[Pair]:
-    """Returns the pairs of similar questions, each once: within the file, and between the two files."""
+    """Returns pairs of rows with equal or similar questions, each once: a row and up to _MOST earlier ones of the file,
+    a row and the one of the other file whose question is the most similar."""
     questions = _group(rows, against)
+    near, leaked = _near(questions)
     pairs = [pair for question in questions for pair in _inside(question)]
-    for first, second, similarity in _near(questions):
-        pairs += _between(questions[first], questions[second], similarity)
+    for place, similar in groupby(near, key=lambda one: one.question):
+        earlier = [(questions[one.partner], one.similarity) for one in similar]
+        pairs += _between(earlier, questions[place])
+    for one in leaked:
+        there = questions[one.partner].against[0]
+        pairs += (Pair(row, there, one.similarity, True) for row in questions[one.question].rows)
     return pairs
 
 
@@ -52,9 +58,8 @@ def _group(rows: Sequence[Row], against: Sequence[Row]) -> list[_Question]:
     for side, source in enumerate((rows, against)):
         for row in source:
             key = texts.words(row.question) or texts.squash(row.question)
-            if key not in questions:
-                questions[key] = _Question(key, len(texts.shingles(key)), [], [])
-            (questions[key].against if side else questions[key].rows).append(row)
+            question = questions.setdefault(key, _Question(key, [], []))
+            (question.against if side else question.rows).append(row)
     return list(questions.values())
 
 
@@ -65,37 +70,72 @@ def _inside(question: _Question) -> Iterator[Pair]:
         yield from (Pair(row, against[0], 1.0, True) for row in rows if against)
 
 
-def _between(one: _Question, other: _Question, similarity: float) -> Iterator[Pair]:
-    for first in one.rows[:_SHOWN]:
-        yield from (Pair(first, second, similarity, False) for second in other.rows[:_SHOWN])
-    for asked, kept in ((one, other), (other, one)):
-        if kept.against:
-            yield from (Pair(row, kept.against[0], similarity, True) for row in asked.rows)
+def _between(earlier: Sequence[tuple[_Question, float]], later: _Question) -> Iterator[Pair]:
+    """Yields each row of a question with the first rows of the similar ones before it."""
+    for row in later.rows:
+        firsts = ((first, similarity) for question, similarity in earlier for first in question.rows)
+        yield from (Pair(first, row, similarity, False) for first, similarity in islice(firsts, _MOST))
 
 
-def _near(questions: Sequence[_Question]) -> Iterator[tuple[int, int, float]]:
-    """Yields the pairs of different questions, by index, that are similar and name the same numbers."""
-    index = RMinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS, num_bands=_BANDS)
-    keys = iter(enumerate(question.key for question in questions))
-    while batch := list(islice(keys, _BATCH)):
-        hashes = RMinHash.from_token_sets([texts.shingles(key) for _, key in batch], _PERMUTATIONS, _SEED)
-        for (place, key), candidates in zip(batch, index.query_all(hashes), strict=True):
-            yield from _compare(place, key, candidates, questions)
-        within = RMinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS, num_bands=_BANDS)
-        within.insert_many(hashes, start_key=batch[0][0])
-        for (place, key), candidates in zip(batch, within.query_all(hashes), strict=True):
-            yield from _compare(place, key, [other for other in candidates if other < place], questions)
-        index.insert_many(hashes, start_key=batch[0][0])
+class _Similar(NamedTuple):
+    """A question and one that is similar to it, by index."""
+
+    question: int
+    partner: int
+    similarity: float
 
 
-def _compare(
-    place: int, key: str, candidates: Sequence[int], questions: Sequence[_Question]
-) -> Iterator[tuple[int, int, float]]:
-    size = questions[place].size
-    close = (other for other in candidates if NEAR * size <= questions[other].size <= size / NEAR)
-    named = texts.numbers(key)
-    for other in islice(close, _MOST):
-        text = questions[other].key
-        similarity = texts.similarity(key, text)
-        if similarity >= NEAR and texts.numbers(text) == named:
-            yield other, place, similarity
+def _near(questions: Sequence[_Question]) -> tuple[list[_Similar], list[_Similar]]:
+    """Returns questions of the file with the first similar ones before them, and those that this file alone asks with
+    the most similar one of the other file. Similar questions name the same numbers."""
+    table = shingles.table([question.key for question in questions])
+    sketches, groups = shingles.sketches(table, candidates.LENGTH), _groups(questions)
+    here = np.array([bool(question.rows) for question in questions], bool)
+    there = np.array([bool(question.against) for question in questions], bool)
+    earlier, later = candidates.find(sketches, groups, here, here)
+    near = _similar(table, earlier, later, earlier, _MOST)
+    leaks, asked = candidates.find(sketches, groups, there, here & ~there)
+    leaked = _similar(table, leaks, asked, -candidates.likeness(sketches, leaks, asked), 1)
+    return _first(near, near[0], _MOST), _first(leaked, -leaked[2], 1)
+
+
+def _groups(questions: Sequence[_Question]) -> NDArray[np.int64]:
+    """Returns a number for each question, which those that name the same numbers share."""
+    known: dict[tuple[str, ...], int] = {}
+    named = (tuple(texts.numbers(question.key)) for question in questions)
+    return np.array([known.setdefault(numbers, len(known)) for numbers in named], np.int64)
+
+
+_Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+"""Partners, the questions that they are similar to, and the similarities."""
+
+
+def _similar(
+    table: csr_matrix, partners: NDArray[np.int64], asked: NDArray[np.int64], rank: NDArray[Any], enough: int
+) -> _Found:
+    """Returns similar ones of the pairs. Those of the least rank are compared first, and others only of questions that
+    have not `enough` yet, as comparing takes the most time where all questions are similar."""
+    order = np.lexsort((rank, asked))
+    partners, asked = partners[order], asked[order]
+    turns = _turns(asked) // _COMPARED
+    similarity = np.zeros(len(asked))
+    counts = np.zeros(table.shape[0], np.int64)
+    for turn in range(int(turns.max(initial=-1)) + 1):
+        due = np.flatnonzero((turns == turn) & (counts[asked] < enough))
+        similarity[due] = shingles.similarity(table, partners[due], asked[due])
+        np.add.at(counts, asked[due], similarity[due] >= NEAR)
+    near = similarity >= NEAR
+    return partners[near], asked[near], similarity[near]
+
+
+def _first(found: _Found, rank: NDArray[Any], most: int) -> list[_Similar]:
+    """Returns the partners of the least rank of each question, ordered by question and rank."""
+    order = np.lexsort((rank, found[1]))
+    partners, asked, similarity = found[0][order], found[1][order], found[2][order]
+    kept = _turns(asked) < most
+    return list(map(_Similar, *(some[kept].tolist() for some in (asked, partners, similarity))))
+
+
+def _turns(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns how many equal ones are before each of the sorted places."""
+    return np.arange(len(places)) - np.searchsorted(places, places)
