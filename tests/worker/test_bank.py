@@ -17,6 +17,7 @@ from worker.server.batch import Batch
 from worker.server.cache_memory import CacheMemory
 from worker.server.factors import Factors
 from worker.server.models import AdapterAlone, Base, BrokenAdapter, Source, StackedAdapter
+from worker.server.streams import NoProbabilities
 
 SHAPES: list[dict[str, Any]] = [
     {"r": 8},
@@ -195,10 +196,17 @@ def test_adapter_whose_numbers_are_broken_changes_no_other_answer(llama: Path, t
     base = load(llama)
     laid: list[Any] = [base, *(base.lay_on(folder) for folder in folders)]
     rows = [one.stream(PROMPTS[0]) for one in laid]
-    said = [[greedy(row) for row in rows[:2]] for _ in range(TOKENS) if greedy(rows[2]) >= 0]
+    said = [[greedy(row) for row in rows[:2]] for _ in range(TOKENS)]
+    with pytest.raises(NoProbabilities, match="not finite"):
+        rows[2].logits()
     wanted = [by_peft(llama, folder, PROMPTS[0]) for folder in (None, folders[0])]
     assert [list(one) for one in zip(*said, strict=True)] == wanted
     rows[2].close()
+    dora = make(tmp_path / "dora", llama, 5, use_dora=True)
+    weights = load_file(dora / "adapter_model.safetensors")
+    save_file({name: part.fill_(torch.nan) for name, part in weights.items()}, dora / "adapter_model.safetensors")
+    with pytest.raises(NoProbabilities):
+        base.lay_on(dora).stream(PROMPTS[0]).likeliest()
     row = laid[1].stream(PROMPTS[3])  # in its slot, and in the same stack
     assert [greedy(row) for _ in range(TOKENS)] == by_peft(llama, folders[0], PROMPTS[3])
 

@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 from served import serving
 
 from tunery import processes
@@ -187,6 +188,21 @@ def test_adapter_that_is_corrupt_in_storage_is_an_error_of_its_own(ask: Any, sho
         assert refused.value.code == "checksum_mismatch"
         assert next(stream)
     assert text(ask("a"))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_adapter_whose_numbers_are_not_finite_is_an_error_of_its_own(ask: Any, shop: Shop, temperature: int) -> None:
+    broken = shutil.copytree(shop.root / "b", shop.root / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({name: part.fill_(torch.nan) for name, part in weights.items()}, broken / "adapter_model.safetensors")
+    shop.files["broken"] = shop._publish(broken)
+    with ask(stream=True, max_tokens=50_000) as stream:
+        next(stream)
+        with pytest.raises(openai.InternalServerError, match="not finite") as refused:
+            ask("broken", temperature=temperature)
+        assert refused.value.code == "no_probabilities"
+        assert next(stream)
+    assert text(ask("b"))
 
 
 def test_requests_that_are_refused_leave_a_stream_alone(ask: Any) -> None:

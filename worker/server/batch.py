@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
-from worker.server.lane import WIDTH_STEP, Adapters, Lane
+from worker.server.lane import NONE_LIKELY, WIDTH_STEP, Adapters, Lane
 from worker.server.slots import Parts
+from worker.server.streams import NoProbabilities
 from worker.trainer import grouped_attention
 from worker.trainer.decoding.graphs import Recorder
 
@@ -64,17 +65,19 @@ class Row:
         return self.best is not None or self.failure is not None
 
     def likeliest(self) -> int:
-        """Returns the likeliest next token. Raises the error that a pass of the batch failed with."""
+        """Returns the likeliest next token. Raises NoProbabilities, and the error that a pass of the batch failed
+        with.
+        """
         while self.best is None:
             if self.failure is not None:
                 raise self.failure
             self.batch.step()
+        if self.best == NONE_LIKELY:
+            raise NoProbabilities
         return self.best
 
     def logits(self) -> torch.Tensor:
-        """Returns the next token's logits (vocabulary, fp32, on the CPU). Raises the error that a pass of the batch
-        failed with.
-        """
+        """Returns the next token's logits (vocabulary, fp32, on the CPU). Raises as `likeliest` does."""
         self.likeliest()
         assert self.found is not None, "the row is greedy"
         return self.found

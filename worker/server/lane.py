@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 WIDTH_STEP = 32
 """The width of a pass over prompts is a multiple of this: prompts that differ by less end in the same pass."""
 
+NONE_LIKELY = -1
+"""In place of a row's likeliest token, if its logits are not finite."""
+
 
 @dataclass(frozen=True)
 class Located:
@@ -193,8 +196,11 @@ class Lane:
 
 
 def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:
-    """Returns what rows need of logits on the device, moved to the CPU; waits for the device once or twice in all."""
-    best = logits.argmax(dim=-1)
+    """Returns what rows need of logits on the device, moved to the CPU: the likeliest token, or NONE_LIKELY, and the
+    logits. Waits for the device once or twice in all.
+    """
+    best = logits.argmax(dim=-1, keepdim=True)
+    best = best.masked_fill(~logits.gather(-1, best).isfinite(), NONE_LIKELY)[:, 0]
     others = [i for i, one in enumerate(is_greedy) if not one]
     found = dict(zip(others, logits[others].float().cpu(), strict=True)) if others else {}
     return [(token, found.get(i)) for i, token in enumerate(best.tolist())]

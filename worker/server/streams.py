@@ -4,8 +4,15 @@ from typing import Any, Protocol
 
 import torch
 
+from tunery.errors import TuneryError
 from worker.server.cache_memory import CacheMemory
 from worker.trainer.rope import LengthRope
+
+
+class NoProbabilities(TuneryError):
+    """The model's weights have numbers that are not finite, so no token can be chosen. Train or import it again."""
+
+    code = "no_probabilities"
 
 
 class Stream(Protocol):
@@ -19,7 +26,7 @@ class Stream(Protocol):
         """Prompt tokens that were not computed, as their keys and values were reused."""
 
     def likeliest(self) -> int:
-        """Returns the likeliest next token."""
+        """Returns the likeliest next token. Raises NoProbabilities, as `logits` does."""
 
     def logits(self) -> torch.Tensor:
         """Returns the next token's logits (vocabulary, fp32, on the CPU)."""
@@ -59,6 +66,8 @@ class Alone:
             self._nbytes = _nbytes(self._cache)
             self._memory.reserve(self, self._nbytes, must=True)
         logits: torch.Tensor = out.logits[0, -1].float().cpu()
+        if not logits.max().isfinite():
+            raise NoProbabilities
         return logits
 
     def push(self, token: int) -> None:
