@@ -126,17 +126,18 @@ class Trainer:
     def messages(self, limit: float | None = None) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Returns the messages until the process ends, and the seconds to the end of its first step and to its own end.
 
-        After `limit` seconds the process is killed.
+        `at` of a message: the seconds until it was written. After `limit` seconds the process is killed.
         """
         assert self.process.stdout is not None
         said, first = [], 0.0
         timer = threading.Timer(limit if limit is not None else 1e6, self.process.kill)
         timer.daemon = True
         timer.start()
-        for line in self.process.stdout:
-            said.append(json.loads(line))
-            if said[-1]["type"] == "step" and not first:
-                first = time.monotonic() - self.began
+        with self.process.stdout as output:
+            for line in output:
+                said.append(json.loads(line) | {"at": round(time.monotonic() - self.began, 2)})
+                if said[-1]["type"] == "step" and not first:
+                    first = said[-1]["at"]
         self.process.wait()
         timer.cancel()
         return said, {"first_step": round(first, 1), "whole": round(time.monotonic() - self.began, 1)}

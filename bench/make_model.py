@@ -23,6 +23,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
 }
 QWEN3_HEAD = 128
+INDEX = "model.safetensors.index.json"
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -66,7 +67,17 @@ def make(folder: Path, shape: str, most_layers: int | None = None) -> None:
         for norm, size in norms.items():
             shard[f"{prefix}{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         _write(folder, {f"layer-{layer:02d}.safetensors": shard}, index)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def ready(models: Path, shape: str) -> Path:
+    """Returns the folder of a shape's checkpoint below `models`; writes it if it is missing."""
+    folder = models / shape
+    if not (folder / INDEX).exists():
+        make(folder, shape)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return folder
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -87,12 +87,7 @@ class Bench:
 
     def checkpoint(self, shape: str) -> Path:
         """Returns the folder of a shape's checkpoint; writes it if it is missing."""
-        folder = self.models / shape
-        if not (folder / "model.safetensors.index.json").exists():
-            make_model.make(folder, shape)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        return folder
+        return make_model.ready(self.models, shape)
 
     @contextmanager
     def small_card(self, leave: float | None) -> Iterator[None]:

@@ -13,8 +13,9 @@ LONGEST = 2048
 SHORTEST = 31
 SHUFFLED_BY = 7
 """The seed of the runs that are measured as jobs run."""
-_AROUND = 21
-"""Tokens of a chat's row outside its answer."""
+TEMPLATE_TOKENS = 17
+"""Tokens of a row of two messages outside their contents, by the tokenizer and template of `make_model`."""
+_PROMPT = "QXJZ"
 
 
 def lengths(kind: str, count: int) -> list[int]:
@@ -45,9 +46,10 @@ def rows(count: int, length: int) -> list[Row]:
 def chats(wanted: list[int]) -> list[dict[str, Any]]:
     """Returns rows of a file, of these lengths: answers of letters that the tokenizer of `make_model` never merges."""
     numbers = random.Random(1)
-    answers = ["".join(numbers.choice("JQXZ") for _ in range(length - _AROUND)) for length in wanted]
+    rest = TEMPLATE_TOKENS + len(_PROMPT)
+    answers = ["".join(numbers.choice("JQXZ") for _ in range(length - rest)) for length in wanted]
     return [
-        {"messages": [{"role": "user", "content": "QXJZ"}, {"role": "assistant", "content": answer}]}
+        {"messages": [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": answer}]}
         for answer in answers
     ]
 
