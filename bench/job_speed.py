@@ -190,6 +190,7 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
         "peak_gib": peak and round(peak / 2**30, 2),
         "reserved_gib": reserved[-1] if reserved else None,
         "seconds": seconds | ({"around_the_steps": round(around, 1)} if done else {"cut_off": True}),
+        "trainable": next((m["trainable_params"] for m in said if m["type"] == "started"), None),
         "losses": [round(step["train_loss"], 4) for step in steps],
         "grad_norms": [round(step["grad_norm"], 4) for step in steps],
         "plan": [line.partition("plan: ")[2] for line in log if "memory plan: " in line][-1:],

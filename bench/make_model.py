@@ -6,11 +6,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
+
+from worker.trainer.general import benchmark
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "small": (256, 768, 6, 8, 4, 640),
@@ -21,10 +24,20 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
     "llama3-70b": (8192, 28672, 80, 64, 8, 128256),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
+    "qwen3-30b-a3b": (2048, 6144, 16, 32, 4, 151936),  # 16 of its 48 layers
+    "small-moe": (64, 96, 2, 4, 2, 640),
 }
+EXPERTS = {"qwen3-30b-a3b": (128, 8, 768), "small-moe": (8, 2, 48)}
+"""Of a mixture: experts of a layer, experts of a token, their intermediate size. These have the family Qwen3Moe."""
 QWEN3_HEAD = 128
 INDEX = "model.safetensors.index.json"
-TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<system>", "<user>", "<assistant>"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOKENS = 8000
+"""The tokenizer's size, where the vocabulary has so many."""
 
 
 def make(folder: Path, shape: str, most_layers: int | None = None) -> None:
@@ -32,29 +45,28 @@ def make(folder: Path, shape: str, most_layers: int | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     layers = min(layers, most_layers or layers)
-    is_qwen3 = shape.startswith("qwen3")
-    family = {"head_dim": QWEN3_HEAD, "architectures": ["Qwen3ForCausalLM"]} if is_qwen3 else {
-        "architectures": ["LlamaForCausalLM"]
-    }  # fmt: skip
-    config = (Qwen3Config if is_qwen3 else LlamaConfig)(
+    is_qwen3, is_tied = shape.startswith("qwen3") or shape in EXPERTS, shape == "qwen3-0.6b"
+    family = _family(shape)
+    config = family(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=is_qwen3, dtype="bfloat16", **family,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=is_tied, dtype="bfloat16",
+        architectures=[family.__name__.replace("Config", "ForCausalLM")],
+        **({"head_dim": QWEN3_HEAD} if is_qwen3 else {}), **_of_mixture(shape),
     )  # fmt: skip
     config.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(min(TOKENS, vocabulary)).save_pretrained(folder)
     head = QWEN3_HEAD if is_qwen3 else hidden // heads
     width, kv = head * heads, head * kv_heads
     linears = {
         "self_attn.q_proj": (width, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, width), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        "self_attn.o_proj": (hidden, width), **_feed_forward(shape, hidden, inner),
     }  # fmt: skip
     torch.manual_seed(0)
     shards = {
         "ends.safetensors": {
             "model.embed_tokens.weight": _random(vocabulary, hidden),
-            **({} if is_qwen3 else {"lm_head.weight": _random(vocabulary, hidden)}),
+            **({} if is_tied else {"lm_head.weight": _random(vocabulary, hidden)}),
             "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
         }
     }
@@ -68,6 +80,33 @@ def make(folder: Path, shape: str, most_layers: int | None = None) -> None:
             shard[f"{prefix}{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         _write(folder, {f"layer-{layer:02d}.safetensors": shard}, index)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _family(shape: str) -> type[PretrainedConfig]:
+    if shape in EXPERTS:
+        return Qwen3MoeConfig
+    return Qwen3Config if shape.startswith("qwen3") else LlamaConfig
+
+
+def _of_mixture(shape: str) -> dict[str, Any]:
+    if shape not in EXPERTS:
+        return {}
+    count, chosen, inner = EXPERTS[shape]
+    return {
+        "num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": inner, "norm_topk_prob": True,
+    }  # fmt: skip
+
+
+def _feed_forward(shape: str, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Returns the shapes of a layer's feed-forward weights: one block's, or those of the router and every expert."""
+    blocks, found = ["mlp"], {}
+    if shape in EXPERTS:
+        count, _, inner = EXPERTS[shape]
+        blocks, found = [f"mlp.experts.{i}" for i in range(count)], {"mlp.gate": (count, hidden)}
+    for name in blocks:
+        found |= {f"{name}.gate_proj": (inner, hidden), f"{name}.up_proj": (inner, hidden)}
+        found[f"{name}.down_proj"] = (hidden, inner)
+    return found
 
 
 def ready(models: Path, shape: str) -> Path:
@@ -91,16 +130,22 @@ def _write(folder: Path, shards: dict[str, dict[str, torch.Tensor]], index: dict
         index.update(dict.fromkeys(tensors, name))
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(size: int = TOKENS) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of at most `size` tokens, learned from the general benchmark's English.
+
+    The roles are tokens, and letters like Q and X are never merged, so that rows can be made of known lengths.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        vocab_size=size,
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    texts = (f"{item.prefix} {choice}" for item in benchmark.load_items() for choice in item.choices)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         model_max_length=131072, chat_template=TEMPLATE,

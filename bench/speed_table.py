@@ -61,6 +61,7 @@ ROWS = {
     "lora 0.6b": Row("qwen3-0.6b", "lora"),
     "lora 8b": Row("llama3-8b", "lora"),
     "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
+    "lora moe": Row("qwen3-30b-a3b", "lora", stacks=("tunery", "unsloth", "trl-liger")),
     "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=11.5),
 }
 """The rows in the order in which they are measured. A short job's figure is `around_the_steps` of "lora 1b"."""
@@ -248,7 +249,7 @@ def main() -> None:
         bench = Bench(a.models, time.monotonic() + a.seconds, a.steps, a.skip, Path(logs))
         for name, stack, result in measure_all(a.rows, a.runs, bench):
             results.setdefault(name, {}).setdefault(stack, []).append(result)
-            print(name, stack, result.get("tok_s"), result.get("failed"), result.get("log"), flush=True)
+            print(name, stack, *(result.get(key) for key in ("tok_s", "trainable", "failed", "log")), flush=True)
             rows = {
                 name: asdict(ROWS[name]) | {"ratio": ratio(found), "runs": found} for name, found in results.items()
             }

@@ -57,7 +57,7 @@ _NAMES: dict[FileRole, str] = {"training": "train", "validation": "valid", "test
 
 
 def conversation(length: int, numbers: random.Random) -> dict[str, Any]:
-    """Returns a row of `length` tokens, of letters that the tokenizer of `make_model` never merges."""
+    """Returns a row of `length` tokens, of random letters, a token each."""
     letters = "".join(numbers.choice("JQXZ") for _ in range(length - TEMPLATE_TOKENS))
     prompt, answer = letters[: len(letters) // _PROMPT], letters[len(letters) // _PROMPT :]
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}

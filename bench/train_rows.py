@@ -13,7 +13,7 @@ LONGEST = 2048
 SHORTEST = 31
 SHUFFLED_BY = 7
 """The seed of the runs that are measured as jobs run."""
-TEMPLATE_TOKENS = 17
+TEMPLATE_TOKENS = 4
 """Tokens of a row of two messages outside their contents, by the tokenizer and template of `make_model`."""
 _PROMPT = "QXJZ"
 
@@ -44,7 +44,7 @@ def rows(count: int, length: int) -> list[Row]:
 
 
 def chats(wanted: list[int]) -> list[dict[str, Any]]:
-    """Returns rows of a file, of these lengths: answers of letters that the tokenizer of `make_model` never merges."""
+    """Returns rows of a file, of these lengths: answers of random letters, a token each."""
     numbers = random.Random(1)
     rest = TEMPLATE_TOKENS + len(_PROMPT)
     answers = ["".join(numbers.choice("JQXZ") for _ in range(length - rest)) for length in wanted]

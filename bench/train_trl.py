@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from bench.train_rows import as_a_job_reads, in_order, lengths, of_lengths
+from worker.trainer import experts
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -103,6 +104,8 @@ def main() -> None:
         **({} if a.unsloth else {
             "gradient_checkpointing": bool(a.ckpt), "gradient_checkpointing_kwargs": {"use_reentrant": False},
             "use_liger_kernel": bool(a.liger),
+            # Liger's experts replace PEFT's forward, and with it the adapters.
+            "liger_kernel_config": {"swiglu": False} if experts.are_in(model.config) else None,
         }),
     )  # fmt: skip
     trainer = InOrder(

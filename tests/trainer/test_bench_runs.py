@@ -2,12 +2,12 @@
 
 import gzip
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+from transformers import AutoModelForCausalLM
 
 from bench import (
     clean,
@@ -18,7 +18,6 @@ from bench import (
     speed_chart,
     speed_table,
     task_runs,
-    textbook_run,
     train_rows,
 )
 from bench.task_runs import Machine, Work
@@ -199,29 +198,17 @@ def test_a_chart_leaves_out_a_stack_that_failed() -> None:
     assert "LoRA 8B" not in drawn.replace("QLoRA 8B", "")
 
 
-def test_rows_of_the_speed_measurements_have_the_wanted_tokens(tmp_path: Path) -> None:
-    tokenizer = make_model._tokenizer()
+@pytest.mark.parametrize("size", [640, make_model.TOKENS])
+def test_rows_of_the_speed_measurements_have_the_wanted_tokens(size: int) -> None:
+    tokenizer = make_model._tokenizer(size)
+    assert len(tokenizer) <= size
     wanted = [31, 190, 2048]
-    numbers = random.Random(0)
-    for rows in (train_rows.chats(wanted), [textbook_run.conversation(length, numbers) for length in wanted]):
-        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
-        assert [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] == wanted
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in train_rows.chats(wanted)]
+    assert [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] == wanted
 
 
-@pytest.mark.slow
-def test_the_textbook_run_is_a_whole_job_with_default_settings(tmp_path: Path) -> None:
-    base = tiny_models.llama(tmp_path / "base", max_position_embeddings=4096)
-    found = textbook_run.measure(base, "real", 64)
-    assert found.get("failed") is None, found["log"]
-    plan = found["plan"]
-    assert (plan["technique"]["type"], plan["n_epochs"], plan["batch_size"]) == ("qlora", 3, 8)
-    assert plan["learning_rate_multiplier"] == 1.0
-    assert found["steps"] == 24
-    assert [step for kind, step, _ in found["checkpoints"] if kind == "public"] == [8, 16, 24]
-    assert len(found["valid_losses"]) == 3
-    assert found["score"]["rows"] == 8
-    assert found["score"]["general"]["items"] == 100
-    assert found["served"]["rows"] == 8
-    at, seconds = found["at"], found["seconds"]
-    assert 0 < at["started"] < at["first_step"] < at["last_step"] < at["score"] < at["finished"] <= seconds["run"] + 0.1
-    assert seconds["all"] == pytest.approx(seconds["files"] + seconds["run"] + seconds["served_check"])
+def test_a_mixture_of_the_speed_measurements_is_a_whole_checkpoint(tmp_path: Path) -> None:
+    make_model.make(tmp_path / "base", "small-moe")
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not any(report.values())
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["Qwen3MoeSparseMoeBlock"] * 2
