@@ -8,6 +8,7 @@ from torch import nn
 
 from tunery.spec import Plan
 from worker.trainer import cuda_graphs
+from worker.trainer.kernels import experts
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.scoring import answers
 from worker.trainer.training import Training
@@ -22,6 +23,7 @@ def describe(t: Training) -> dict[str, Any]:
     return {
         "modules": _modules(t.objective.model),
         "frozen products": _frozen_products(t),
+        **_experts(t.objective.model),
         "loss": _path("chunked", None if t.objective.chunked else "the logits are more than one product of the head"),
         "attention": str(getattr(t.objective.causal.config.get_text_config(), "_attn_implementation", "unknown")),
         "rows": "behind each other, with their borders" if t.objective.knows_borders else "padded",
@@ -36,6 +38,12 @@ def describe(t: Training) -> dict[str, Any]:
 
 def _frozen_products(t: Training) -> dict[str, Any]:
     return {"path": t.precision.compute} if t.eight_bits is None else t.eight_bits.describe()
+
+
+def _experts(model: nn.Module) -> dict[str, Any]:
+    """Returns how adapted experts' products are computed; nothing of a model without any."""
+    found = experts.products(model)
+    return {} if found is None else {"experts": found}
 
 
 def _path(name: str, against: str | None) -> dict[str, str]:

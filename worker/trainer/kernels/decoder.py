@@ -14,9 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from worker.trainer.kernels import adapters, attention, elementwise, projections
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Families whose decoder layer is: norm, attention, sum, norm, gated feed-forward block, sum."""
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
+"""Families whose decoder layer is: norm, attention, sum, norm, gated feed-forward block or mixture of them, sum."""
 BLOCKS = {f"{family}MLP" for family in (*FAMILIES, "SmolLM3")}
+_MIXTURE = "SparseMoeBlock"
 NORMS = {f"{family}RMSNorm" for family in (*FAMILIES, "SmolLM3")}
 
 
@@ -51,9 +52,13 @@ def _is_known(module: nn.Module) -> bool:
         return False
     layer = cast(Any, module)
     parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    wanted = ("Attention", "MLP", "RMSNorm", "RMSNorm")
+    wanted = ("Attention", _MIXTURE if _is_mixture(layer.mlp) else "MLP", "RMSNorm", "RMSNorm")
     known = all(type(part).__name__ == family + kind for part, kind in zip(parts, wanted, strict=True))
-    return known and _is_silu(layer.mlp)
+    return known and (_is_mixture(layer.mlp) or _is_silu(layer.mlp))
+
+
+def _is_mixture(block: nn.Module) -> bool:
+    return type(block).__name__.endswith(_MIXTURE)
 
 
 def borders_known(causal: Any) -> bool:
@@ -92,7 +97,7 @@ def _layer(
     attended = _attention(self.self_attn, normed, position_embeddings, kwargs)
     norm = self.post_attention_layernorm
     normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
-    return residual + _feed_forward(self.mlp, normed)
+    return residual + (self.mlp(normed) if _is_mixture(self.mlp) else _feed_forward(self.mlp, normed))
 
 
 def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:

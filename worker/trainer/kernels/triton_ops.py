@@ -171,6 +171,81 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 @triton.jit
+def _weighted_swiglu_forward(B, W, Y, inner, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < inner
+    gate = tl.load(B + row * 2 * inner + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(B + row * 2 * inner + inner + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(W + row).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up * weight
+    tl.store(Y + row * inner + columns, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weighted_swiglu_backward(D, B, W, DW, inner, BLOCK: tl.constexpr):
+    # One program has a whole row: the gradient of its weight is a sum over it.
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < inner
+    gates, ups = B + row * 2 * inner + columns, B + row * 2 * inner + inner + columns
+    grad = tl.load(D + row * inner + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(W + row).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    active = gate * sigmoid
+    tl.store(DW + row, tl.sum(grad * active * up, axis=0))
+    grad *= weight
+    tl.store(D + row * inner + columns, (active * up * weight).to(D.dtype.element_ty), mask=inside)
+    tl.store(ups, (grad * active).to(B.dtype.element_ty), mask=inside)
+    tl.store(gates, (grad * up * (sigmoid + active * (1.0 - sigmoid))).to(B.dtype.element_ty), mask=inside)
+
+
+def weighted_swiglu(both: Tensor, weights: Tensor) -> Tensor:
+    """Returns silu(gate) * up * weight [rows, inner] of gate and up [rows, 2 * inner], contiguous."""
+    rows, inner = both.shape[0], both.shape[1] // 2
+    out = both.new_empty(rows, inner)
+    _weighted_swiglu_forward[(rows, triton.cdiv(inner, 1024))](both, weights, out, inner, BLOCK=1024, num_warps=4)
+    return out
+
+
+def weighted_swiglu_backward(grad: Tensor, both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(silu(gate) * up * weight, gradient of gate and up, gradient of the weights in fp32); `grad` and `both` are
+    overwritten with the first two.
+    """
+    rows, inner = grad.shape
+    grad_weights = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    block = triton.next_power_of_2(inner)
+    _weighted_swiglu_backward[(rows,)](grad, both, weights, grad_weights, inner, BLOCK=block, num_warps=_warps(block))
+    return grad, both, grad_weights
+
+
+@triton.jit
+def _sum_rows(X, U, P, Y, width, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in tl.static_range(COUNT):
+        place = tl.load(P + token * COUNT + i).to(tl.int64) * width + columns
+        total += tl.load(X + place, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(U + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + token * width + columns, total.to(Y.dtype.element_ty), mask=inside)
+
+
+def sum_rows(rows: Tensor, update: Tensor, places: Tensor) -> Tensor:
+    """Returns for each token the sum of its rows of `rows` and `update`, contiguous: [tokens, width]. `places`: its
+    rows [tokens, k].
+    """
+    (tokens, count), width = places.shape, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    grid = (tokens, triton.cdiv(width, 1024))
+    _sum_rows[grid](rows, update, places, out, width, COUNT=count, BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
 def _cross_entropy(L, T, LOSS, CORRECT, vocabulary, BLOCK: tl.constexpr, WRITES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(T + row)

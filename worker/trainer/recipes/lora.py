@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tunery.failures import CannotAdapt
 from tunery.spec import Lora, Technique
-from worker.trainer.kernels import adapters, decoder
+from worker.trainer.kernels import adapters, decoder, experts
 from worker.trainer.recipes import saved, targets
 from worker.trainer.recipes.recipe import Recipe, Weights, load_dense, make_adamw
 
@@ -31,6 +31,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
             parameter.data = parameter.data.float()
     saved.cast_at_borders(adapted)
     adapters.install(adapted)
+    experts.install(adapted)
     decoder.install(adapted)
     return adapted
 
