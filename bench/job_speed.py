@@ -20,7 +20,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -50,6 +50,7 @@ class Work:
     skip: int = 10
     packing: bool = False
     gpus: int = 1
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
 
 
 def lay_out(folder: Path, model: Path, work: Work) -> None:
@@ -60,7 +61,7 @@ def lay_out(folder: Path, model: Path, work: Work) -> None:
     plan = Plan(
         technique=TECHNIQUES[work.technique], n_epochs=1, batch_size=work.batch, seed=SHUFFLED_BY,
         learning_rate_multiplier=1, learning_rate=1e-4, schedule=Schedule(type="constant", warmup_ratio=0),
-        packing=work.packing,
+        packing=work.packing, optimizer=work.optimizer,
         resources=Resources(gpus=work.gpus),  # type: ignore[arg-type]
     )  # fmt: skip
     run = Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
@@ -186,6 +187,7 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
         "tok_s": round(tokens / training),
         "all_steps_tok_s": round(steps[-1]["tokens"] / sum(step["seconds"] for step in steps)),
         "step_ms": round(1000 * statistics.median(step["seconds"] for step in measured), 1),
+        "slowest_ms": sorted((round(1000 * step["seconds"]) for step in measured), reverse=True)[:5],
         "tokens_a_step": round(tokens / len(measured)),
         "peak_gib": peak and round(peak / 2**30, 2),
         "reserved_gib": reserved[-1] if reserved else None,

@@ -50,7 +50,7 @@ def of_run(run: dict[str, Any]) -> dict[str, Any]:
     step = {
         "tokens": tokens,
         "labels": min(tokens, run["labels"]),
-        "recompute": plan["recompute"] == "True",
+        "recompute": _layers(plan["recompute"]),
         "graphs": plan["graphs"] == "True",
         "accumulates": whole > tokens,
         "prompt": run.get("prompt", _PROMPT) if small else 0,
@@ -68,6 +68,11 @@ def of_run(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _layers(said: str) -> int | bool:
+    """Returns how many layers a log says are recomputed; older ones only say whether all are."""
+    return said == "True" if said in {"True", "False"} else int(said)
+
+
 def setting(record: dict[str, Any]) -> Setting:
     device, optimizer = record.get("device", "cuda"), record.get("optimizer", "adamw")
     technique = _TECHNIQUE.validate_python(record["technique"])
@@ -76,8 +81,10 @@ def setting(record: dict[str, Any]) -> Setting:
 
 def estimate(record: dict[str, Any]) -> Estimate:
     """Estimates the peak of the step that the record's run took; on a CPU with the process, which was measured too."""
-    of = setting(record)
-    found = peak.peak(of, Step(**record["step"]))
+    of, step = setting(record), record["step"]
+    if step.get("recompute") is True:  # all of them
+        step = step | {"recompute": of.shape.layers}
+    found = peak.peak(of, Step(**step))
     return found if of.device == "cuda" else Estimate(found.parts | {"fixed": PROCESS_BYTES["cpu"]})
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -35,9 +35,10 @@ LEAST_SECONDS = 30
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. `leave`: the card's memory that is left free, in GiB.
+    """A row of the table. `leave`, `peer_leave`: the card's memory that is left free for Tunery and the others, in GiB.
 
-    `stacks`: what is measured, Tunery first. `recompute`: whether the peers recompute activations.
+    `stacks`: what is measured, Tunery first. `recompute`: whether the peers recompute activations. `optimizer`: of
+    Tunery; the peers' is 8-bit AdamW.
     """
 
     shape: str
@@ -48,6 +49,8 @@ class Row:
     packing: bool = False
     recompute: bool = False
     leave: float | None = None
+    peer_leave: float | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     stacks: tuple[str, ...] = ("tunery", "unsloth")
 
 
@@ -57,12 +60,15 @@ ROWS = {
     "qlora 8b real": Row("llama3-8b", "qlora", lengths="real", batch=32, packing=True),
     "full 1b": Row("llama3-1b", "full", recompute=True, stacks=("tunery", "unsloth", "trl-liger")),
     "generation 8b": Row("llama3-8b", "lora", stacks=("generation",)),
-    "qlora 7b small": Row("llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=8.0),
+    "qlora 7b small": Row(
+        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.5, peer_leave=8.0, optimizer="adamw_8bit"
+    ),
     "lora 0.6b": Row("qwen3-0.6b", "lora"),
     "lora 8b": Row("llama3-8b", "lora"),
     "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
     "lora moe": Row("qwen3-30b-a3b", "lora", stacks=("tunery", "unsloth", "trl-liger")),
-    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=11.5),
+    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=8.35, peer_leave=11.5, optimizer="adamw_8bit"),
+    "full 1b small": Row("llama3-1b", "full", recompute=True, leave=11.6, peer_leave=14.0),
 }
 """The rows in the order in which they are measured. A short job's figure is `around_the_steps` of "lora 1b"."""
 
@@ -119,7 +125,7 @@ class Tunery:
         self._trainer = Trainer(bench.logs / "tunery.txt")
 
     def run(self, bench: Bench, row: Row) -> dict[str, Any]:
-        work = Work(row.technique, row.lengths, row.batch, bench.steps, bench.skip, row.packing)
+        work = Work(row.technique, row.lengths, row.batch, bench.steps, bench.skip, row.packing, 1, row.optimizer)
         return measure(bench.checkpoint(row.shape), work, self._trainer, limit=bench.limit)
 
     def drop(self) -> None:
@@ -188,9 +194,10 @@ def measure_all(names: list[str], runs: int, bench: Bench) -> Iterator[tuple[str
                 return
             current = upcoming.pop() if upcoming else begin(name, stack, bench)
             bench.checkpoint(ROWS[name].shape)
-            if number + 1 < len(wanted):
+            leave = ROWS[name].leave if stack == "tunery" else ROWS[name].peer_leave
+            if number + 1 < len(wanted) and leave is None:  # a process that waits has some of the card's memory
                 upcoming.append(begin(*wanted[number + 1], bench))
-            with bench.small_card(ROWS[name].leave):
+            with bench.small_card(leave):
                 yield name, stack, current.run(bench, ROWS[name])
     finally:
         for measurement in upcoming:

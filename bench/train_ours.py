@@ -43,7 +43,7 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
         objective.recompute()
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = recipe.make_optimizer(parameters, plan, precision)
-    memory = MemoryPlan(batch * max(made.lengths), recompute=checkpointing)
+    memory = MemoryPlan(batch * max(made.lengths), recompute=objective.recomputes)
     stepper = Stepper(objective, optimizer, list(parameters.values()), made, Ranks(accelerator), memory)
     return Training(
         run=Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600),

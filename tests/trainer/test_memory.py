@@ -82,12 +82,15 @@ def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
 def test_next_plans_end_at_one_row_with_activations_made_again() -> None:
     several, packed, single = [[[0], [1]]], [[[0, 1]]], [[[0]], [[1]]]
 
-    first = next_after(MemoryPlan(100, 80, graphs=True), several)
+    first = next_after(MemoryPlan(100, 80, graphs=True), several, 2)
     assert first == MemoryPlan(50, 50)
-    assert next_after(first, packed) == MemoryPlan(25, 25)
-    assert next_after(MemoryPlan(25, 25), single) == MemoryPlan(25, 25, recompute=True)
-    assert next_after(MemoryPlan(25, 25, recompute=True), single) is None
-    assert next_after(MemoryPlan(25, 25, recompute=True), several) == MemoryPlan(12, 12, recompute=True)
+    assert next_after(first, packed, 2) == MemoryPlan(25, 25)
+    assert next_after(MemoryPlan(25, 25), single, 2) == MemoryPlan(25, 25, recompute=2)
+    assert next_after(MemoryPlan(25, 25, recompute=1), single, 2) == MemoryPlan(25, 25, recompute=2)
+    assert next_after(MemoryPlan(25, 25, recompute=2), single, 2) == MemoryPlan(25, 25, recompute=2, offload=True)
+    assert next_after(MemoryPlan(25, 25, recompute=2, offload=True), single, 2) is None
+    assert next_after(MemoryPlan(25, 25, recompute=2), several, 2) == MemoryPlan(12, 12, recompute=2)
+    assert next_after(MemoryPlan(25, 25), single, 0) is None  # a model without known layers
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,7 @@ class FakeGPU:
         self.evaluated: list[int] = []
         monkeypatch.setattr(preflight, "_peak", self.peak)
         monkeypatch.setattr(preflight, "_peak_of_evaluation", self.peak_of_evaluation)
+        monkeypatch.setattr(preflight._Probe, "inputs", lambda _: 0.0)
         for name, answer in {
             "mem_get_info": (free, free),
             "get_rng_state": torch.get_rng_state(),
@@ -234,9 +238,11 @@ class FakeGPU:
             monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
         monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
 
-    def peak(self, objective: Any, row: Row, _device: Any) -> int:
-        self.trained.append(len(row))
-        return self._of(len(row), self.recomputes if objective.recomputes else self.keeps)
+    def peak(self, objective: Any, examples: list[Row], _device: Any) -> int:
+        tokens = sum(map(len, examples))
+        self.trained.append(tokens)
+        kept = 1 - objective.recomputes / objective.layers
+        return self._of(tokens, self.recomputes + int(kept * (self.keeps - self.recomputes)))
 
     def peak_of_evaluation(self, _objective: Any, row: Row, _device: Any) -> int:
         self.evaluated.append(len(row))
@@ -253,8 +259,9 @@ class FakeGPU:
     [
         (10**6, 1000, None, MemoryPlan(4000)),  # all tokens of a step
         (300_000, 1000, None, MemoryPlan(2700)),  # nine tenths of the free memory
-        (150_000, 1000, None, MemoryPlan(4000, recompute=True)),  # keeping activations would leave too few tokens
-        (12_000, 1000, None, MemoryPlan(1080, recompute=True)),
+        (150_000, 1000, None, MemoryPlan(1350)),  # slower with more tokens and recomputation
+        (90_000, 1000, None, MemoryPlan(1472, recompute=1)),  # one of the two layers
+        (12_000, 1000, None, MemoryPlan(1080, recompute=2)),
         (9_000, 1000, None, None),
         (10**6, 1000, 200_000, None),  # the longest validation row does not fit at all
         (300_000, 1000, 20_000, MemoryPlan(2700)),
@@ -284,7 +291,7 @@ def test_plan_is_what_fits(
     else:
         assert measured() == wanted
         assert gpu.trained[0] == sequence
-        assert gpu.evaluated == [validation] * len(gpu.trained) if validation else gpu.evaluated == []
+        assert gpu.evaluated == ([validation] if validation else [])
     assert t.objective.training
 
 
@@ -298,7 +305,7 @@ def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
 
     found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 
-    assert found == MemoryPlan(1350, recompute=True)
+    assert found == MemoryPlan(1350, recompute=2)
 
 
 def test_plan_of_a_packed_run_packs_no_more_than_fits(tmp_path: Path, tiny: Path) -> None:

@@ -19,7 +19,9 @@ LENGTH = 2048
 @pytest.mark.parametrize("model_info", [LLAMA_8B, SMOLLM2], ids=["8B", "135M"])
 @pytest.mark.parametrize("technique", [Full(), Lora(), Qlora()], ids=["full", "lora", "qlora"])
 def test_plan_begins_a_little_above_the_least(model_info: dict[str, Any], technique: Technique) -> None:
-    """Devices in between get a probe. The smallest one with a plan recomputes, one three times as large does not."""
+    """Devices in between get a probe. The smallest one with a plan recomputes and offloads, one three times as large
+    does neither.
+    """
     least = memory.estimate(model_info, technique, max_seq_length=LENGTH).bytes
     asked: dict[str, Any] = {"max_seq_length": LENGTH, "batch": 1}
     capacity = next(
@@ -31,7 +33,9 @@ def test_plan_begins_a_little_above_the_least(model_info: dict[str, Any], techni
     assert capacity < 1.25 * least
     assert small is not None
     assert large is not None
-    assert (small.step.recompute, large.step.recompute) == (True, False)
+    assert small.step.recompute > model_info["num_hidden_layers"] // 2
+    assert small.step.offload
+    assert (large.step.recompute, large.step.offload) == (0, False)
     assert least <= small.estimate.bytes <= capacity
 
 

@@ -110,3 +110,14 @@ def _drawn(t: Training, step: int) -> Iterator[list[MicroBatch]]:
 
 def _losses_differ(losses: list[float]) -> bool:
     return max(losses) - min(losses) > 0.01
+
+
+def test_snapshot_that_says_only_whether_layers_are_recomputed(tmp_path: Path, tiny: Path) -> None:
+    """Plans had a yes or no before layers were counted, and no offloading."""
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
+    old = {"max_tokens": 64, "packed_tokens": None, "graphs": False}
+    checkpoints._take_over(t.stepper, [old | {"recompute": True}])
+    assert (t.stepper.memory.recompute, t.objective.recomputes) == (2, 2)
+    checkpoints._take_over(t.stepper, [old | {"recompute": False}])
+    assert t.stepper.memory == MemoryPlan(64)
+    assert t.objective.recomputes == 0

@@ -123,13 +123,14 @@ def test_record_says_which_way_each_part_took(
         "attention": "sdpa",
         "packing": {"path": "packed"},
         "rows": "padded",
-        "recompute": False,
+        "recompute": 0,
         "graphs": {"path": "plain", "why": "not on a GPU"},
         "answers": {"path": "decoder"},
         "ranks": 1,
         "sharding": "replicate",
     }
-    assert record["memory"] == {"max_tokens": 1024, "packed_tokens": 128, "recompute": False, "graphs": False}
+    plan_kept = {"max_tokens": 1024, "packed_tokens": 128, "recompute": 0, "offload": False, "graphs": False}
+    assert record["memory"] == plan_kept
     assert '"loss": {"path": "chunked"}' in caplog.text
 
 

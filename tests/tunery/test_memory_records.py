@@ -73,4 +73,4 @@ def test_plan_is_the_one_that_the_run_took(name: str, longest: int, step: int, r
     [record] = [record for record in RECORDS if record["name"] == name]
     found = expected.plan(memory_errors.setting(record), Load(longest, step), int(139.8 * 2**30))
     assert found is not None
-    assert (found.step.tokens, found.step.recompute, found.step.graphs) == (step, recompute, graphs)
+    assert (found.step.tokens, found.step.recompute > 0, found.step.graphs) == (step, recompute, graphs)

@@ -1,5 +1,6 @@
 """Which cards hold a run, and what the trainer would plan on a device of a given size."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from known_models import LLAMA_8B
 
 from tunery.planning import expected, fitting, memory
 from tunery.planning.cards import CARDS
-from tunery.planning.expected import Load
+from tunery.planning.expected import Load, Needs, Split, fixed_bytes, split
 from tunery.planning.peak import Setting
 from tunery.spec import Full, Lora, Qlora, Technique
 
@@ -21,30 +22,80 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("technique", "gib", "tokens", "recompute"),
+    ("technique", "gib", "tokens", "recompute", "offload"),
     [
-        (Qlora(), 139.8, 16_384, False),  # all eight rows
-        (Qlora(), 44.4, 8_192, False),  # four of them
-        (Qlora(), 15.0, 2_048, False),
-        (Qlora(), 14.0, 14_336, True),  # without recomputation, not even 2,048 tokens fit
-        (Qlora(), 8.5, 2_048, True),
-        (Lora(), 139.8, 16_384, False),
-        (Lora(), 18.2, 4_096, True),
-        (Full(), 79.2, 4_096, False),
-        (Full(), 55.0, 2_048, True),
+        (Qlora(), 139.8, 16_384, 0, False),  # all eight rows
+        (Qlora(), 44.4, 8_192, 0, False),  # four of them
+        (Qlora(), 15.0, 2_048, 0, False),
+        (Qlora(), 14.0, 2_048, 2, False),  # two of 32 layers
+        (Qlora(), 12.0, 2_048, 11, False),
+        (Qlora(), 10.0, 16_384, 31, True),  # each pass unpacks the weights: a few large ones are faster
+        (Qlora(), 7.5, 4_096, 31, True),
+        (Lora(), 139.8, 16_384, 0, False),
+        (Lora(), 18.2, 2_048, 26, False),
+        (Full(), 79.2, 4_096, 0, False),
+        (Full(), 55.0, 2_048, 21, False),
     ],
 )
-def test_plan_follows_the_memory_that_there_is(technique: Technique, gib: float, tokens: int, recompute: bool) -> None:
+def test_plan_follows_the_memory_that_there_is(
+    technique: Technique, gib: float, tokens: int, recompute: int, offload: bool
+) -> None:
     found = run(technique, gib)
     assert found is not None
-    assert (found.step.tokens, found.step.recompute) == (tokens, recompute)
+    assert (found.step.tokens, found.step.recompute, found.step.offload) == (tokens, recompute, offload)
     assert found.estimate.bytes <= gib * GIB
     assert found.allocated == found.estimate.bytes - expected.PROCESS_BYTES["cuda"]
 
 
+NEEDS = Needs(layers=10, none=100, all=19, one=20, layer=80 / 9, inputs=5)
+"""Per token: 10 of a layer's activations, 0.5 of its input, and some of the head."""
+
+
+@pytest.mark.parametrize(
+    ("room", "wanted"),
+    [
+        (100 * 8000, Split(8000)),
+        (100 * 4000, Split(4000)),
+        (100 * 2000, Split(2000)),
+        (100 * 900, Split(900)),
+        (100 * 450, Split(547, 2)),
+        (19 * 500, Split(575, 9, offload=True)),  # 20 - 5 * 7 / 10
+        (15 * 500, Split(500, 10, offload=True)),
+        (14 * 500, None),
+    ],
+)
+def test_split_is_the_fastest_that_fits(room: int, wanted: Split | None) -> None:
+    assert split(room, NEEDS, 8000, 500, unpacks=False) == wanted
+
+
+def test_what_does_not_depend_on_the_tokens_is_counted_once() -> None:
+    assert fixed_bytes(700 + 500 * 19, 700 + 1000 * 19) == 700
+    assert split(700 + 100 * 2000, replace(NEEDS, fixed=700), 8000, 500, unpacks=False) == Split(2000)
+    assert split(600, replace(NEEDS, fixed=700), 8000, 500, unpacks=False) is None
+
+
+def test_four_bit_weights_are_unpacked_for_each_pass_so_that_large_ones_are_faster() -> None:
+    dense, packed = (split(100 * 1000, NEEDS, 8000, 500, unpacks=unpacks) for unpacks in (False, True))
+    assert dense is not None
+    assert packed is not None
+    assert packed.tokens > 2 * dense.tokens
+    assert packed.recompute > dense.recompute
+
+
+def test_inputs_in_the_hosts_memory_are_limited() -> None:
+    huge = replace(NEEDS, inputs=10 * 2**20, all=20 * 2**20, one=21 * 2**20, layer=2**20, none=30 * 2**20)
+    found = split(14 * 2**20 * 10_000, huge, 10_000, 100, unpacks=True)
+    assert found is not None
+    assert found.tokens * huge.inputs * found.recompute / 10 * found.offload <= expected.MOST_OFFLOADED
+
+
+def test_evaluation_limits_the_tokens_too() -> None:
+    assert split(100 * 8000, replace(NEEDS, evaluation=200), 8000, 500, unpacks=False) == Split(4000)
+
+
 def test_what_no_plan_is_found_for_is_none() -> None:
     assert run(Lora(), 16) is None
-    assert run(Qlora(), 7) is None
+    assert run(Qlora(), 6.5) is None
 
 
 def test_small_models_are_recorded_and_their_files_compared() -> None:
@@ -67,7 +118,7 @@ def test_every_known_card_has_a_verdict_and_a_way_out() -> None:
     assert found.keys() == {card.name for card in CARDS}
     assert found["T4"].verdict == "too_small"
     assert found["T4"].change is not None
-    assert found["T4"].change.startswith("Use the technique 'qlora', which needs about 7.")
+    assert found["T4"].change.startswith("Use the technique 'qlora', which needs about 6.9 GiB.")
     assert found["L4"].verdict == "fits"
     assert found["L4"].change is None
     plan = found["H200"].plan

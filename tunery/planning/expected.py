@@ -1,10 +1,11 @@
 """Predicts the memory plan that the trainer would choose for a run on a device, and what it then allocates.
 
-It follows `worker/trainer/preflight.py`, which measures what is estimated here: as many tokens at once as fit, without
-recomputation; if those are too few, with all activations recomputed; else no plan.
+It follows `worker/trainer/preflight.py`, which measures what is estimated here. Both choose how a step is split by
+`split`: the fastest of the splits that fit.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,9 +17,17 @@ CPU_MICRO_BATCH = 1024
 """Tokens of a CPU micro-batch. Larger ones are no faster: the matrix products fill the cores, and padding grows."""
 GPU_TOKENS = 32_768
 """Maximum tokens of a GPU micro-batch. A few thousand keep a GPU busy."""
-LEAST_TOKENS = 2_048
-"""Minimum tokens of a GPU micro-batch: below it the GPU is poorly used, and activations are recomputed instead (about
-1.3 times the work, a tenth of the memory)."""
+RECOMPUTED = 0.35
+"""Time of recomputing all activations, as a share of a step without it: two operations a weight where a frozen base has
+four, without the last product of each layer."""
+OFFLOADED = 0.05
+"""Time of copying all layers' inputs to the host and back, as a share of a step: the copies run beside it."""
+PASSES = {False: 120, True: 480}
+"""Time of a micro-batch beside that of its tokens, in tokens; True: of four-bit weights, which each pass unpacks."""
+MOST_OFFLOADED = 8 * 2**30
+"""Maximum bytes of layers' inputs in the host's memory: they are pinned, so that no other process can have it."""
+MEASURED = 3
+"""Kept layers with which the need of a layer is measured, beside that with one."""
 HEADROOM = 0.9
 """Share of the free memory planned for activations; the rest is for the allocator's fragmentation."""
 RECORDED_PARAMS, RECORDED_TOKENS = 2_000_000_000, 8_192
@@ -108,9 +117,78 @@ def choose_sharding(
     return "replicate" if runs(model_info, technique, capacity=capacity, **of_run) else "full_shard"
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a micro-batch on a GPU, of a model of `layers` layers: `fixed` however many tokens, and for each token:
+
+    `none`: without recomputation; `all`: with all layers recomputed; `one`: with all but one; `layer`: more for each
+    other layer whose activations are kept; `inputs`: of all layers' inputs; `evaluation`: of measuring the loss.
+    Infinite if a single example does not fit.
+    """
+
+    layers: int
+    none: float
+    all: float = math.inf
+    one: float = math.inf
+    layer: float = math.inf
+    inputs: float = 0.0
+    evaluation: float = 0.0
+    fixed: float = 0.0
+
+    def of(self, recompute: int, *, offload: bool) -> float:
+        """Returns the bytes per token with the first `recompute` layers recomputed."""
+        if not recompute:
+            return self.none
+        others = self.layers - recompute - 1
+        beside = self.one + others * self.layer if others > 0 else self.one if others == 0 else self.all
+        # Two inputs are on the device: of the layer that is computed, and of the next one, which is being copied.
+        return beside - (self.inputs * max(0, recompute - 2) / self.layers if offload else 0)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is split: `tokens` of a micro-batch, how many layers are recomputed, and whether these offload."""
+
+    tokens: int
+    recompute: int = 0
+    offload: bool = False
+
+
+def split(room: float, needs: Needs, wanted: int, longest: int, *, unpacks: bool) -> Split | None:
+    """Returns the fastest way to compute `wanted` tokens in `room` bytes; None if not even `longest` tokens fit.
+
+    `unpacks`: the base is in four bits. Where several are as fast, the one that recomputes and offloads least.
+    """
+    found = list(_splits(room, needs, wanted, longest))
+    return min(found, key=lambda each: _time(each, needs, unpacks=unpacks), default=None)
+
+
+def _splits(room: float, needs: Needs, wanted: int, longest: int) -> Iterator[Split]:
+    left = max(0.0, room - needs.fixed)
+    for offload in (False, True):
+        for recompute in range(offload, needs.layers + 1):
+            most = int(min(left / max(1.0, each) for each in (needs.of(recompute, offload=offload), needs.evaluation)))
+            if offload:
+                most = min(most, int(MOST_OFFLOADED / max(1.0, needs.inputs * recompute / needs.layers)))
+            if most >= longest:
+                yield Split(max(longest, min(wanted, most)), recompute, offload)
+
+
+def _time(found: Split, needs: Needs, *, unpacks: bool) -> float:
+    """Returns the time per token, as a share of the time without recomputation in one large micro-batch."""
+    share = found.recompute / max(1, needs.layers)
+    copies = OFFLOADED * share if found.offload else 0.0
+    return 1 + RECOMPUTED * share + copies + PASSES[unpacks] * (1 + share / 2) / found.tokens
+
+
+def room_of(free: int, kept: int) -> float:
+    """Returns how many of `free` bytes activations may take, beside `kept` ones that are allocated later."""
+    return HEADROOM * (free - kept)
+
+
 def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
     """Returns how many tokens' activations fit into `free` bytes less `kept` ones, which are allocated later."""
-    return max(0, int(HEADROOM * (free - kept) / max(1.0, bytes_a_token)))
+    return max(0, int(room_of(free, kept) / max(1.0, bytes_a_token)))
 
 
 def _on_cpu(load: Load) -> Step:
@@ -120,30 +198,56 @@ def _on_cpu(load: Load) -> Step:
 
 def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
     wanted = min(load.step, GPU_TOKENS)
-    for recompute in (True,) if s.ranks > 1 else (False, True):
-        fits = _tokens_that_fit(s, load.longest, capacity, recompute=recompute)
-        if fits >= (load.longest if recompute else max(load.longest, min(wanted, LEAST_TOKENS))):
-            tokens = max(load.longest, min(wanted, fits))
-            graphs = not recompute and _is_recorded(s, tokens)
-            return _step(load, tokens, recompute=recompute, graphs=graphs, accumulates=load.step > tokens)
-    return None
+    if s.ranks > 1:
+        needs = _needs(s, load.longest)
+        fits = int(max(0.0, _room(s, load, capacity) - needs.fixed) / max(1.0, needs.all))
+        found = Split(max(load.longest, min(wanted, fits)), s.shape.layers) if fits >= load.longest else None
+    else:
+        room, needs = _room(s, load, capacity), _needs(s, load.longest)
+        found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
+    if found is None:
+        return None
+    graphs = not found.recompute and _is_recorded(s, found.tokens)
+    how = {"recompute": found.recompute, "offload": found.offload, "graphs": graphs}
+    return _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
 
 
-def _step(load: Load, tokens: int, **how: bool) -> Step:
+def _step(load: Load, tokens: int, **how: Any) -> Step:
     """Returns the step whose largest micro-batch has as many whole examples as fit into `tokens`."""
     tokens = min(tokens, load.step) if tokens >= load.step else max(1, tokens // load.longest) * load.longest
     labels = tokens if load.labels is None else min(tokens, load.labels)
     return Step(tokens, labels, **how)
 
 
-def _tokens_that_fit(s: Setting, longest: int, capacity: int, *, recompute: bool) -> int:
-    """Returns how many tokens fit, extrapolated from the peak of one example as in the trainer's probe."""
-    one = next(peak.phases(s, Step(longest, longest, recompute=recompute)))
-    of_pass = sum(one[name] for name in _PASS)
+def _room(s: Setting, load: Load, capacity: int) -> float:
+    """Returns the bytes for activations on a device with `capacity` bytes."""
+    one = next(peak.phases(s, Step(load.longest, load.longest, recompute=s.shape.layers)))
     rest = sum(size for name, size in one.items() if name not in (*_PASS, "gradients", "gathered"))
     gradients = s.cut(s.gradient_bytes) if s.is_full else s.gradient_bytes
-    free = capacity - PROCESS_BYTES[s.device] - rest
-    return tokens_in(free, of_pass / longest, gradients + one["gathered"])
+    return room_of(capacity - PROCESS_BYTES[s.device] - rest, gradients + one["gathered"])
+
+
+def _needs(s: Setting, longest: int) -> Needs:
+    """Returns the bytes per token, extrapolated from the peak of one example as in the trainer's probe."""
+    layers = s.shape.layers
+
+    def of(recompute: int, examples: int = 1) -> float:
+        tokens = examples * longest
+        one = next(peak.phases(s, Step(tokens, tokens, recompute=recompute)))
+        return float(sum(one[name] for name in _PASS))
+
+    kept = min(MEASURED, layers)
+    fixed = fixed_bytes(of(layers), of(layers, 2))
+    none, every, one, several = ((of(n) - fixed) / longest for n in (0, layers, max(0, layers - 1), layers - kept))
+    layer = (several - one) / max(1, kept - 1)
+    return Needs(layers, none, every, one, layer, peak.inputs_bytes(s, layers), fixed=fixed)
+
+
+def fixed_bytes(one: float, two: float) -> float:
+    """Returns the bytes that do not depend on the number of tokens, from the peaks of one example and of two: of the
+    loss, which is computed in chunks, and of the gradient of a trained head.
+    """
+    return max(0.0, 2 * one - two) if math.isfinite(two) else 0.0
 
 
 def _is_recorded(s: Setting, tokens: int) -> bool:

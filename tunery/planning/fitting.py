@@ -19,7 +19,9 @@ class StepPlan(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     tokens: int = Field(description="Tokens of the largest micro-batch")
-    recompute: bool = Field(description="Whether the backward pass recomputes activations instead of storing them")
+    recompute: bool = Field(
+        description="Whether the backward pass recomputes the activations of some layers instead of storing them"
+    )
     allocated: int = Field(description="Peak of the bytes given out by the allocator")
     bytes: int = Field(description="The same, with the memory of the process itself")
 
@@ -27,7 +29,7 @@ class StepPlan(BaseModel):
     def of(cls, found: Expected) -> "StepPlan":
         return cls(
             tokens=found.step.tokens,
-            recompute=found.step.recompute,
+            recompute=found.step.recompute > 0,
             allocated=found.allocated,
             bytes=found.estimate.bytes,
         )

@@ -1,9 +1,9 @@
 """The minimum memory of a run, from a base's config alone: no weights, no torch.
 
-The minimum is one example at a time, of `rows` sequences of `max_seq_length` tokens, with activations recomputed on a
-GPU, as the trainer does when memory is short. The trainer then measures and takes larger micro-batches if they fit, as
-predicted by `expected.py`. Below this bound a run is impossible; above it, it may work. Sizes are of one device;
-several GPUs hold a copy each.
+The minimum is one example at a time, of `rows` sequences of `max_seq_length` tokens, on a GPU with all activations
+recomputed from layer inputs in the host's memory, as the trainer does when memory is short. The trainer then measures
+and takes larger micro-batches if they fit, as predicted by `expected.py`. Below this bound a run is impossible; above
+it, it may work. Sizes are of one device; several GPUs hold a copy each.
 
 Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
 """
@@ -38,7 +38,8 @@ def estimate(
     # On a CPU the trainer does not probe: it takes at least this many tokens, whatever the memory.
     tokens = tokens if device == "cuda" else max(tokens, CPU_MICRO_BATCH)
     setting = Setting.of(model_info, technique, device, optimizer, ranks)
-    found = peak.peak(setting, Step(tokens, labels=1, recompute=device == "cuda"))
+    layers = setting.shape.layers if device == "cuda" else 0
+    found = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=ranks == 1 and layers > 0))
     return Estimate(found.parts | {"fixed": PROCESS_BYTES[device]})
 
 

@@ -50,14 +50,16 @@ class Estimate:
 class Step:
     """How a step is run. `tokens` and `labels`: of the largest micro-batch, including padding.
 
-    `recompute`: the backward pass recomputes activations. `graphs`: passes are recorded as CUDA graphs, which keep
+    `recompute`: how many layers' activations the backward pass recomputes. `offload`: the inputs of these are in the
+    host's memory. `graphs`: passes are recorded as CUDA graphs, which keep
     gradients between steps. `accumulates`: a step has several micro-batches. `prompt`: tokens of the longest prompt
     with which the files are compared at the end; 0 without a comparison.
     """
 
     tokens: int
     labels: int
-    recompute: bool = False
+    recompute: int = 0
+    offload: bool = False
     graphs: bool = False
     accumulates: bool = False
     prompt: int = 0
@@ -176,15 +178,25 @@ def _at_the_end(s: Setting, step: Step, gradients: int, layer: int) -> Parts:
 
 
 def _kept(s: Setting, step: Step) -> int:
-    """Returns the bytes of activations after the forward pass: all of every layer, or if recomputed each layer's input
-    and all of one layer."""
-    layers, width = max(1, s.shape.layers), BYTES[s.precision.dense]
+    """Returns the bytes of activations after the forward pass: all of every layer, or of those that are recomputed the
+    inputs and all of one layer."""
+    layers = max(1, s.shape.layers)
     kept = activations.kept(s.shape, s.technique, s.precision)
-    states = 2 * step.tokens * s.shape.hidden * width  # input of the first layer and output of the last
-    whole = 1 if step.recompute else layers
-    inputs = step.tokens * s.shape.hidden * width * layers if step.recompute else 0
+    states = 2 * int(step.tokens * inputs_bytes(s, 1))  # input of the first layer and output of the last
+    whole = _whole(s, step)
+    inputs = int(step.tokens * inputs_bytes(s, min(2, step.recompute) if step.offload else step.recompute))
     casts = BYTES[s.precision.compute] * s.shape.linears * whole // layers if s.precision.autocast else 0
     return states + inputs + step.tokens * kept * whole + casts + _dora_bytes(s, step.tokens, whole)
+
+
+def inputs_bytes(s: Setting, layers: int) -> float:
+    """Returns the bytes per token of so many layers' inputs."""
+    return s.shape.hidden * BYTES[s.precision.dense] * layers
+
+
+def _whole(s: Setting, step: Step) -> int:
+    """Returns of how many layers all activations are there at once."""
+    return max(1, s.shape.layers - step.recompute)
 
 
 def _work(s: Setting, step: Step) -> int:
@@ -205,12 +217,12 @@ def _layer_bytes(s: Setting) -> int:
 def _expert_bytes(s: Setting, step: Step) -> int:
     """Returns the bytes of the experts' weights with the adapters' updates added, and their gradient, for one layer.
 
-    Without recomputation the sums of all layers are kept for the backward pass.
+    The sums of layers that are not recomputed are kept for the backward pass.
     """
     if s.is_full:
         return 0
     layer = s.shape.experts // max(1, s.shape.layers)
-    return BYTES[s.precision.dense] * (2 * layer if step.recompute else s.shape.experts + layer)
+    return BYTES[s.precision.dense] * layer * (_whole(s, step) + 1)
 
 
 def _dora_bytes(s: Setting, tokens: int, layers: int) -> int:

@@ -173,11 +173,18 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
     """
     then = plans[min(stepper.ranks.index, len(plans) - 1)]
     plan = replace(stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
+    if then["recompute"] is True:  # of a snapshot from before layers were counted
+        plan = replace(plan, recompute=stepper.objective.layers)
     if stepper.device.type == "cuda":
         most = min(stepper.memory.max_tokens, plan.max_tokens)
         packed = None if plan.packed_tokens is None else min(most, plan.packed_tokens)
-        recompute = stepper.memory.recompute or plan.recompute
-        plan = replace(plan, max_tokens=most, packed_tokens=packed, recompute=recompute)
+        plan = replace(
+            plan,
+            max_tokens=most,
+            packed_tokens=packed,
+            recompute=max(stepper.memory.recompute, plan.recompute),
+            offload=stepper.memory.offload or plan.offload,
+        )
     stepper.adopt(replace(plan, graphs=plan.graphs and not plan.recompute))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tunery.planning.expected import RECORDED_PARAMS, RECORDED_TOKENS
 from worker.trainer import experts, rope
 from worker.trainer.data import Batch
+from worker.trainer.memory import shortage_noticed
 from worker.trainer.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,13 @@ class CudaGraphs:
 
 
 def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor:
-    """Runs a forward and a backward pass; returns the method's sums in their order, "loss" times `scale`."""
-    sums = objective.sums(batch, scale)
-    sums["loss"].backward()
+    """Runs a forward and a backward pass; returns the method's sums in their order, "loss" times `scale`.
+
+    Raises torch.OutOfMemoryError.
+    """
+    with shortage_noticed():
+        sums = objective.sums(batch, scale)
+        sums["loss"].backward()
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 

@@ -4,9 +4,24 @@ It is made before the first step (`preflight.py`) and never changed: if it prove
 next one. A plan does not change gradients: a step's loss is one sum over its rows, however they are split.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 from worker.trainer.data import MicroBatch
+
+
+@contextmanager
+def shortage_noticed() -> Iterator[None]:
+    """Raises torch.OutOfMemoryError where a library of CUDA finds no memory beside what torch has reserved."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -15,17 +30,20 @@ class MemoryPlan:
 
     max_tokens: int  # of a micro-batch, including padding
     packed_tokens: int | None = None  # of a sequence into which rows are packed; None: one row per sequence
-    recompute: bool = False  # the backward pass recomputes activations instead of keeping them
+    recompute: int = 0  # of so many first layers the backward pass recomputes the activations instead of keeping them
+    offload: bool = False  # the inputs of these layers are kept in the host's memory
     graphs: bool = False  # passes are recorded, and the graphs keep the memory that they use
 
 
-def next_after(plan: MemoryPlan, parts: list[MicroBatch]) -> MemoryPlan | None:
+def next_after(plan: MemoryPlan, parts: list[MicroBatch], layers: int) -> MemoryPlan | None:
     """Returns the plan to use after `plan` ran out of memory on `parts`; None if there is none left.
 
-    It halves the tokens, down to one row; then it recomputes activations.
+    It halves the tokens, down to one row; then it recomputes the activations of all `layers`; then it offloads.
     """
     if any(len(part) > 1 or len(part[0]) > 1 for part in parts):
         half = max(1, plan.max_tokens // 2)
         packed = None if plan.packed_tokens is None else min(plan.packed_tokens, half)
         return replace(plan, max_tokens=half, packed_tokens=packed, graphs=False)
-    return None if plan.recompute else replace(plan, recompute=True, graphs=False)
+    if plan.recompute < layers:
+        return replace(plan, recompute=layers, graphs=False)
+    return None if plan.offload or not layers else replace(plan, offload=True)

@@ -15,6 +15,7 @@ from tunery.planning.precision import Precision
 from worker.trainer import precision
 from worker.trainer.data import Batch
 from worker.trainer.kernels import cross_entropy, decoder
+from worker.trainer.kernels.recomputation import Recomputation
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.sft import SupervisedFineTuning
 from worker.trainer.neftune import Noise
@@ -36,7 +37,7 @@ class Objective(nn.Module):
         self._precision = kept_in
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
-        self.recomputes = False
+        self._recomputation = Recomputation(self.causal)
         self.is_sharded = False  # see sharding.py
         self.noise: Noise | None = None
         self.against_decoder: str | None = None  # why transformers generated the answers of the last evaluation
@@ -79,14 +80,22 @@ class Objective(nn.Module):
         if self.is_sharded:
             cast(FSDPModule, self).reshard()
 
-    def recompute(self) -> None:
-        """Makes the backward pass recompute activations instead of keeping them."""
-        options = {"use_reentrant": False}
-        if hasattr(self.causal, "activation_checkpointing_enable"):  # the name since transformers 5.23
-            self.causal.activation_checkpointing_enable(options)
-        else:
-            self.causal.gradient_checkpointing_enable(options)
-        self.recomputes = True
+    @property
+    def layers(self) -> int:
+        """The number of layers whose activations can be recomputed."""
+        return len(self._recomputation.layers)
+
+    @property
+    def recomputes(self) -> int:
+        """How many layers' activations the backward pass recomputes instead of keeping them."""
+        return self._recomputation.count
+
+    def recompute(self, layers: int | None = None, *, offload: bool = False) -> None:
+        """Makes the backward pass recompute the activations of the first `layers`, by default of all.
+
+        `offload`: the inputs of these layers are kept in the host's memory.
+        """
+        self._recomputation.of(self.layers if layers is None else layers, offload=offload)
 
     @torch.no_grad()
     def verify_chunked_loss(self, batch: Batch) -> None:

@@ -1,5 +1,6 @@
 """Describes which code path each part of a run took, and why if not the fast one, for the log and the record."""
 
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -70,7 +71,8 @@ def _class(module: nn.Module) -> str:
 
 def _kernel(module: nn.Module) -> str | None:
     """Returns the kernel that replaced a module's forward."""
-    function = getattr(vars(module).get("forward"), "__func__", None)
+    forward = vars(module).get("forward")
+    function = None if forward is None else getattr(inspect.unwrap(forward), "__func__", None)
     place = getattr(function, "__module__", "")
     return place.removeprefix(_KERNELS) if place.startswith(_KERNELS) else None
 

@@ -5,17 +5,29 @@ it half-way. On a GPU a pass over the longest sequence and the evaluation of the
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from tunery.failures import DoesNotFit
-from tunery.planning.expected import CPU_MICRO_BATCH, GPU_TOKENS, LEAST_TOKENS, tokens_in
+from tunery.planning.expected import (
+    CPU_MICRO_BATCH,
+    GPU_TOKENS,
+    MEASURED,
+    Needs,
+    Split,
+    fixed_bytes,
+    room_of,
+    split,
+    tokens_in,
+)
 from tunery.spec import Qlora, Technique
 from worker.trainer import sharding
-from worker.trainer.cuda_graphs import worthwhile
+from worker.trainer.cuda_graphs import forward_backward, worthwhile
 from worker.trainer.data import Example, Row, collate
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
@@ -40,11 +52,12 @@ class Work:
 def fit_micro_batch(
     objective: Objective, optimizer: torch.optim.Optimizer, rows: Sequence[Row], work: Work, ranks: Ranks | None = None
 ) -> MemoryPlan:
-    """Returns the memory plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit.
+    """Returns the memory plan that fits, with its recomputation turned on. Raises DoesNotFit.
 
     `ranks`: those over which the model is sharded, which use the same plan.
     """
     device = next(objective.parameters()).device
+    device_ready(device)
     try:
         make_state(optimizer)
     except torch.OutOfMemoryError:
@@ -58,6 +71,16 @@ def fit_micro_batch(
     elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
     return replace(plan, graphs=worthwhile(objective, min(plan.max_tokens, work.rows_a_step * work.sequence)))
+
+
+def device_ready(device: torch.device) -> None:
+    """Makes CUDA's libraries take the memory that they keep, in the thread of backward passes too.
+
+    Later there may be none: torch does not return what it has reserved to other libraries.
+    """
+    if device.type == "cuda":
+        one = torch.ones(16, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+        (one @ one).sum().backward()
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -82,15 +105,111 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> MemoryPlan:
     wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
-    for recomputes in (False, True):
-        if recomputes:
-            objective.recompute()
-        for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
-            fits = _tokens_that_fit(objective, _example(rows, length, work.rows_an_example), work.validation, device)
-            log.info("%d tokens fit at once %s recomputing activations", fits, "when" if recomputes else "without")
-            if fits >= (length if recomputes else max(length, min(wanted, LEAST_TOKENS))):
-                return MemoryPlan(max(length, min(wanted, fits)), recompute=recomputes)
+    for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
+        example = _example(rows, length, work.rows_an_example)
+        found = _fastest(_Probe(objective, example, work.validation, device), wanted, length)
+        if found is not None:
+            objective.recompute(found.recompute, offload=found.offload)
+            return MemoryPlan(found.tokens, recompute=found.recompute, offload=found.offload)
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
+
+
+def _fastest(probe: "_Probe", wanted: int, length: int) -> Split | None:
+    """Returns the fastest split that fits, by measurements of an example of `length` tokens and of two."""
+    layers, evaluation = probe.objective.layers, probe.evaluation() / length
+    needs = Needs(layers, none=probe.peak(0) / length, evaluation=evaluation)
+    if not layers or needs.none * wanted <= probe.room():
+        return split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
+    kept, inputs = min(MEASURED, layers), probe.inputs()
+    two = probe.peak(layers, examples=2)
+    every, fixed = probe.peak(layers), 0.0
+    if math.isfinite(every):
+        fixed = fixed_bytes(every, two)
+    else:
+        every = probe.peak(layers, offload=True) + length * inputs * max(0, layers - 2) / layers
+    one, several = probe.peak(layers - 1), probe.peak(layers - kept)
+    needs = Needs(
+        layers,
+        none=needs.none - fixed / length,
+        all=(every - fixed) / length,
+        one=(one - fixed) / length,
+        layer=max(0.0, several - one) / (kept - 1) / length if math.isfinite(several) and kept > 1 else math.inf,
+        inputs=inputs,
+        evaluation=evaluation,
+        fixed=fixed,
+    )
+    log.info("%.1f MiB for activations; bytes: %s", probe.room() / 2**20, needs)
+    return split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Measures passes over the longest example, in bytes; infinite if a pass does not fit."""
+
+    objective: Objective
+    longest: Example
+    validation: Example | None
+    device: torch.device
+
+    @property
+    def unpacks(self) -> bool:
+        return any(getattr(p, "quant_state", None) is not None for p in self.objective.parameters())
+
+    def peak(self, recompute: int, *, offload: bool = False, examples: int = 1) -> float:
+        """Returns the bytes of a forward and a backward pass over so many examples, with the first `recompute` layers
+        recomputed.
+        """
+        self.objective.recompute(recompute, offload=offload)
+        measure = partial(_peak, self.objective, [self.longest] * examples, self.device)
+        return _undone(measure, self.objective, self.device)
+
+    def evaluation(self) -> float:
+        """Returns the bytes of evaluating as many tokens as the longest example has; 0 without validation examples."""
+        example = self.validation
+        if example is None:
+            return 0.0
+        measure = partial(_peak_of_evaluation, self.objective, example, self.device)
+        return _undone(measure, self.objective, self.device) * len(self.longest) / len(example)
+
+    def inputs(self) -> float:
+        """Returns the bytes per token of all layers' inputs."""
+        width: int = self.objective.causal.config.get_text_config().hidden_size
+        return self.objective.layers * width * _kept_in(self.objective).itemsize
+
+    def room(self) -> float:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return room_of(free, _gradients(self.objective))
+
+
+def _kept_in(objective: Objective) -> torch.dtype:
+    """Returns the type of the layers' inputs."""
+    found: torch.dtype = objective.causal.get_input_embeddings().weight.dtype
+    return found
+
+
+def _gradients(objective: Objective) -> int:
+    return sum(sharding.bytes_here(p) for p in objective.parameters() if p.requires_grad)
+
+
+def _undone(measure: Callable[[], int], objective: Objective, device: torch.device) -> float:
+    """Returns the bytes of a measurement that leaves no trace; infinite if it runs out of memory.
+
+    Raises torch.OutOfMemoryError if the model is sharded, as the other ranks cannot continue.
+    """
+    random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    try:
+        found: float = measure()
+    except torch.OutOfMemoryError:
+        if objective.is_sharded:
+            raise
+        found = math.inf
+    objective.train()
+    objective.rest()
+    objective.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    torch.set_rng_state(random)
+    torch.cuda.set_rng_state(random_gpu, device)
+    return found
 
 
 def _cut(objective: Objective, rows: Sequence[Row], work: Work, ranks: Ranks) -> MemoryPlan:
@@ -100,16 +219,19 @@ def _cut(objective: Objective, rows: Sequence[Row], work: Work, ranks: Ranks) ->
     """
     wanted, device = min(work.rows_a_step * work.sequence, GPU_TOKENS), ranks.device
     longest, what = max(work.sequence, work.row), f"A {work.technique.type} step on a row of {work.row} tokens"
-    objective.recompute()
+    probe = _Probe(objective, _example(rows, longest, work.rows_an_example), work.validation, device)
+    gathered = sharding.gathered_bytes(objective.causal)
     try:
-        mine = _tokens_that_fit(objective, _example(rows, longest, work.rows_an_example), work.validation, device)
+        peak = probe.peak(objective.layers)
+        a_token = max(peak - gathered, peak / 4, probe.evaluation()) / longest
     except torch.OutOfMemoryError:
         raise _does_not_fit(work, what, device) from None
-    fits = -ranks.most(-mine)
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = -ranks.most(-tokens_in(free, a_token, _gradients(objective) + gathered))
     log.info("%d tokens fit at once beside a shard of the model", fits)
     if fits < longest:
         raise _does_not_fit(work, what, device)
-    return MemoryPlan(max(longest, min(wanted, fits)), recompute=True)
+    return MemoryPlan(max(longest, min(wanted, fits)), recompute=objective.layers)
 
 
 def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
@@ -125,36 +247,7 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
     )
 
 
-def _tokens_that_fit(objective: Objective, longest: Example, validation: Example | None, device: torch.device) -> int:
-    """Returns how many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one does not fit.
-
-    Raises torch.OutOfMemoryError if the model is sharded, as the other ranks cannot continue.
-    """
-    random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
-    try:
-        gathered = sharding.gathered_bytes(objective.causal) if objective.is_sharded else 0
-        peak = _peak(objective, longest, device)
-        bytes_a_token = max(peak - gathered, peak / 4) / len(longest)
-        if validation is not None:
-            bytes_a_token = max(bytes_a_token, _peak_of_evaluation(objective, validation, device) / len(validation))
-    except torch.OutOfMemoryError:
-        if objective.is_sharded:
-            raise
-        bytes_a_token = None
-    objective.train()
-    objective.rest()
-    objective.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    torch.set_rng_state(random)
-    torch.cuda.set_rng_state(random_gpu, device)
-    if bytes_a_token is None:
-        return 0
-    free, _ = torch.cuda.mem_get_info(device)
-    gradients = sum(sharding.bytes_here(p) for p in objective.parameters() if p.requires_grad)
-    return tokens_in(free, bytes_a_token, gradients + gathered)
-
-
-def _peak(objective: Objective, example: Example, device: torch.device) -> int:
+def _peak(objective: Objective, examples: Sequence[Example], device: torch.device) -> int:
     """Returns the peak bytes of a forward and a backward pass, without the gradients of the trained weights.
 
     Those exist for the whole run, however many tokens a micro-batch has, so they are allocated before measuring.
@@ -164,9 +257,11 @@ def _peak(objective: Objective, example: Example, device: torch.device) -> int:
     for parameter in objective.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    batch = collate([example], [[0]], device, borders=objective.knows_borders)
+    # One behind the other where a model knows their borders, as in a step; else beside each other.
+    places = [[*range(len(examples))]] if objective.knows_borders else [[place] for place in range(len(examples))]
+    batch = collate(examples, places, device, borders=objective.knows_borders)
     resting = _reset_peak(device)
-    objective.sums(batch, 1.0 / len(example))["loss"].backward()
+    forward_backward(objective, batch, 1.0 / len(examples[0]))
     return _peak_since(device) - resting
 
 

@@ -88,7 +88,7 @@ class Stepper:
                 self._pass_idly(idle)
                 break
             except torch.OutOfMemoryError:
-                plan = next_after(self.memory, parts)
+                plan = next_after(self.memory, parts, self.objective.layers)
                 if plan is None or self.shards is not None:
                     raise
             self._optimizer.zero_grad(set_to_none=True)
@@ -140,8 +140,8 @@ class Stepper:
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Uses `plan` as the memory plan from now on."""
-        if plan.recompute and not self.memory.recompute:
-            self.objective.recompute()
+        if (plan.recompute, plan.offload) != (self.memory.recompute, self.memory.offload):
+            self.objective.recompute(plan.recompute, offload=plan.offload)
         if not plan.graphs:
             self.graphs = None
         if self.device.type == "cuda":

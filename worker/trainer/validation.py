@@ -40,7 +40,7 @@ def over(stepper: Stepper, examples: Sequence[Example], measure: Callable[[list[
             with ranks.lockstep():
                 return measure(parts)
         except torch.OutOfMemoryError:
-            plan = next_after(stepper.memory, parts)
+            plan = next_after(stepper.memory, parts, stepper.objective.layers)
             if plan is None or plan.max_tokens == stepper.memory.max_tokens or stepper.shards is not None:
                 raise
         stepper.adopt(plan)

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from worker.trainer.kernels import adapters, attention, elementwise, projections
+from worker.trainer.kernels import adapters, attention, elementwise, projections, recomputation
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
 """Families whose decoder layer is: norm, attention, sum, norm, gated feed-forward block or mixture of them, sum."""
@@ -97,7 +97,9 @@ def _layer(
     attended = _attention(self.self_attn, normed, position_embeddings, kwargs)
     norm = self.post_attention_layernorm
     normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
-    return residual + (self.mlp(normed) if _is_mixture(self.mlp) else _feed_forward(self.mlp, normed))
+    if _is_mixture(self.mlp):
+        return residual + self.mlp(normed)
+    return residual + _feed_forward(self.mlp, normed, is_wanted=not recomputation.is_running())
 
 
 def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:
@@ -161,8 +163,8 @@ def _together(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
     return tuple(module(x) for module in modules)
 
 
-def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
+def _feed_forward(mlp: Any, x: Tensor, *, is_wanted: bool = True) -> Tensor:
     layers = [adapters.layer_of(module) for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     if all(layers):
-        return projections.gated(x, *cast(list[projections.Layer], layers))
+        return projections.gated(x, *cast(list[projections.Layer], layers), is_wanted=is_wanted)
     return cast(Tensor, mlp.down_proj(elementwise.swiglu(mlp.gate_proj(x), mlp.up_proj(x))))

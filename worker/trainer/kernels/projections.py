@@ -98,11 +98,14 @@ def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     return cast(tuple[Tensor, ...], _Project.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
 
 
-def gated(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
-    """down(silu(gate(x)) * up(x)): a feed-forward block in one function, which keeps gate(x) and up(x) only."""
+def gated(x: Tensor, gate: Layer, up: Layer, down: Layer, *, is_wanted: bool = True) -> Tensor:
+    """down(silu(gate(x)) * up(x)): a feed-forward block in one function, which keeps gate(x) and up(x) only.
+
+    If the output is not wanted, only what is kept is computed, and the output has undefined values.
+    """
     flat = [part for layer in (gate, up, down) for part in (layer.a, layer.b)]
     fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in (gate, up, down))
-    return cast(Tensor, _Gated.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Gated.apply(x, fixed, is_wanted, *flat))  # type: ignore[no-untyped-call]
 
 
 def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequence[Tensor]) -> list[Layer]:
@@ -147,6 +150,12 @@ def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, 
         for layer, place in zip(layers, _places(layers), strict=True)
     ]
     return outs, rows, lora_hidden
+
+
+def _lora_hidden(x: Tensor, layer: Layer) -> Tensor:
+    """Returns `x` as rows times one layer's A', scaled: [n, rank]."""
+    dtype = product_dtype(layer.base)
+    return _scaled(x.reshape(-1, x.shape[-1]).to(dtype), _stacked([layer], dtype).t(), [layer])
 
 
 def _scaled(rows: Tensor, factor: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -279,10 +288,14 @@ class _Project(torch.autograd.Function):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fixed: Any, is_wanted: bool, *flat: Tensor) -> Tensor:
         *gate_up, down = _layers(fixed, flat)
         (gate, up), rows, lora_hidden = _forward(x, gate_up)
-        [out], _, down_hidden = _forward(elementwise.swiglu_forward(gate, up), [down])
+        inner = elementwise.swiglu_forward(gate, up)
+        if is_wanted:
+            [out], _, down_hidden = _forward(inner, [down])
+        else:
+            out, down_hidden = x.new_empty(*x.shape[:-1], down.b.shape[0]), _lora_hidden(inner, down)
         ctx.save_for_backward(rows, gate, up, lora_hidden, down_hidden, *flat)
         ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
         return out
@@ -301,7 +314,7 @@ class _Gated(torch.autograd.Function):
         del inner
         flats = [part.reshape(-1, part.shape[-1]).to(lora_hidden.dtype) for part in both]
         grad_rows, learnt = _backward(flats, rows, lora_hidden, gate_up, ctx.needs_input_grad[0])
-        return _shaped(grad_rows, ctx), None, *learnt, grad_a, grad_b
+        return _shaped(grad_rows, ctx), None, None, *learnt, grad_a, grad_b
 
 
 def _shaped(grad_rows: Tensor | None, ctx: Any) -> Tensor | None:

@@ -1,0 +1,146 @@
+"""Recomputes activations: a decoder layer keeps its input only, and its backward pass computes the others again.
+
+The first layers are recomputed: the last ones, whose activations are kept, are the first to free them in the backward
+pass. transformers has the same for all layers, but wraps `forward` of their classes, which the fast forward passes of
+`decoder.py` replace.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_running = False
+
+
+def is_running() -> bool:
+    """Whether a layer is being computed again: its output is then of no use, only what it keeps."""
+    return _running
+
+
+@contextmanager
+def _again() -> Iterator[None]:
+    global _running
+    _running = True
+    try:
+        yield
+    finally:
+        _running = False
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _again()
+
+
+class Recomputation:
+    """Which layers of a model are recomputed: none, until `of`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.count = 0
+        """Number of the first layers that are recomputed."""
+        self.offloads = False
+        """Whether the inputs of these layers are kept in the host's memory."""
+
+    def of(self, count: int, *, offload: bool = False) -> None:
+        """Recomputes the first `count` layers from now on, and no others. `offload`: see `offloads`."""
+        for layer in self.layers[: self.count]:
+            _unwrap(layer)
+        self.count, self.offloads = min(count, len(self.layers)), offload
+        host = HostCopies() if offload else None
+        for layer in self.layers[: self.count]:
+            layer.forward = _recomputed(layer.forward, host)
+
+
+def _unwrap(layer: Any) -> None:
+    inner = layer.forward.__wrapped__
+    if getattr(inner, "__func__", None) is type(layer).forward:
+        del layer.forward
+    else:
+        layer.forward = inner
+
+
+def _recomputed(forward: Callable[..., Any], host: "HostCopies | None") -> Callable[..., Any]:
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with host.keeping() if host is not None else nullcontext():
+            return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=_contexts)
+
+    return wrapped
+
+
+class HostCopies:
+    """Keeps tensors in pinned memory of the host between the forward and the backward pass.
+
+    Copies run beside the computation, in one stream of their own: in the backward pass the copy of a layer's input
+    begins when the next layer's is used.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+        self._buffers: list[Tensor] = []
+        self._last: weakref.ref[_Held] | None = None
+
+    def keeping(self) -> saved_tensors_hooks:
+        """Returns the context in which saved tensors are kept here."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> "Tensor | _Held":
+        if not tensor.is_cuda or not tensor.is_floating_point():
+            return tensor
+        self._stream = self._stream or torch.cuda.Stream(tensor.device)
+        held = _Held(tensor, self._buffers, self._last)
+        self._last = weakref.ref(held)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            held.view.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(self._stream)
+        return held
+
+    def _unpack(self, held: "Tensor | _Held") -> Tensor:
+        if isinstance(held, Tensor):
+            return held
+        self._fetch(held)
+        found, held.fetched = held.fetched, None
+        torch.cuda.current_stream().wait_stream(self._stream)
+        if held.previous is not None and (previous := held.previous()) is not None:
+            self._fetch(previous)
+        return cast(Tensor, found)
+
+    def _fetch(self, held: "_Held") -> None:
+        """Begins the copy to the device, if it has not begun."""
+        if held.fetched is not None:
+            return
+        held.fetched = torch.empty(held.view.shape, dtype=held.view.dtype, device=held.device)
+        self._stream.wait_stream(torch.cuda.current_stream())  # whose former work may still use this memory
+        with torch.cuda.stream(self._stream):
+            held.fetched.copy_(held.view, non_blocking=True)
+
+
+class _Held:
+    """A copy of a tensor in the host's memory, of which autograd keeps the only reference."""
+
+    def __init__(self, tensor: Tensor, buffers: list[Tensor], previous: "weakref.ref[_Held] | None") -> None:
+        self.device, self.previous, self._buffers = tensor.device, previous, buffers
+        self._buffer = _take(buffers, tensor.nbytes)
+        self.view = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self.fetched: Tensor | None = None
+
+    def __del__(self) -> None:
+        # All copies from and to buffers are in one stream, so a buffer's next copy waits for its last one.
+        self._buffers.append(self._buffer)
+
+
+def _take(buffers: list[Tensor], size: int) -> Tensor:
+    """Takes a buffer of at least `size` bytes from those that are free, or returns a new one."""
+    place = next((place for place, buffer in enumerate(buffers) if buffer.nbytes >= size), None)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True) if place is None else buffers.pop(place)
