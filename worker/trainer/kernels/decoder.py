@@ -98,7 +98,7 @@ def _layer(
     norm = self.post_attention_layernorm
     normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
     if _is_mixture(self.mlp):
-        return residual + self.mlp(normed)
+        return cast(Tensor, residual + self.mlp(normed))
     return residual + _feed_forward(self.mlp, normed, is_wanted=not recomputation.is_running())
 
 
