@@ -86,7 +86,9 @@ def test_inputs_in_the_hosts_memory_are_limited() -> None:
     huge = replace(NEEDS, inputs=10 * 2**20, all=20 * 2**20, one=21 * 2**20, layer=2**20, none=30 * 2**20)
     assert huge.inputs * 1000 > expected.MOST_OFFLOADED
     found = split(14 * 2**20 * 1500, huge, 10_000, 1000, unpacks=True)
-    assert found == Split(1050, 10)
+    assert found is not None
+    assert found.offload
+    assert found.tokens * huge.inputs * found.recompute / huge.layers <= expected.MOST_OFFLOADED
 
 
 def test_evaluation_limits_the_tokens_too() -> None:
