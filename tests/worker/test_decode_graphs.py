@@ -334,6 +334,36 @@ def test_requests_one_after_another_share_graphs(llama: Path, tmp_path: Path, re
     assert base.memory.nbytes == 0
 
 
+def test_slots_rest_where_memory_is_scarce(llama: Path) -> None:
+    model, recorder = read(llama), OpRecorder(bytes_each=2**20)
+    batch = Batch(model, memory=CacheMemory(2**24), recorder=lambda: recorder)
+    for place, prompt in enumerate((PROMPTS[0], PROMPTS[1], PROMPTS[3])):
+        row = batch.join(prompt)
+        assert tokens([row]) == [alone(model, prompt)]  # type: ignore[list-item]
+        batch.memory.limit = batch.memory.nbytes  # no room but for what is held
+        row.close()
+        assert recorder.recorded == 1, place
+
+
+def test_resting_slots_are_counted_while_a_row_waits_for_them(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_STEP", 64)
+    model, recorder = read(llama), OpRecorder()
+    batch = Batch(model, memory=CacheMemory(2**24), recorder=lambda: recorder, long_tokens=40)
+    short, long = batch.join(PROMPTS[0]), batch.join(PROMPTS[4])
+    tokens([short, long], 6)  # type: ignore[list-item]
+    short.close()
+    memory, (resting, running) = batch.memory, batch._lanes.values()
+    assert memory.nbytes == resting.slots.nbytes + running.slots.nbytes > running.slots.nbytes
+    memory.limit = memory.nbytes - 1
+    waits = batch.join(PROMPTS[0])
+    said = tokens([long], 8)  # type: ignore[list-item]
+    assert not resting.rows
+    assert memory.nbytes == resting.slots.nbytes + running.slots.nbytes <= memory.limit
+    long.close()
+    assert tokens([waits]) == [alone(model, PROMPTS[0])]  # type: ignore[list-item]
+    assert said == [alone(model, PROMPTS[4])[6:]]
+
+
 def test_graphs_leave_for_rows(llama: Path) -> None:
     model = read(llama)
     memory, recorder = CacheMemory(2**24), OpRecorder(bytes_each=2**23)

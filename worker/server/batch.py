@@ -175,6 +175,7 @@ class Batch:
         lane.take_out(row)
         row.lane = None
         self.memory.reserve(self, self.nbytes, must=True)
+        lane.rest()
 
     def fail(self, error: Exception) -> None:
         """Removes all rows and passes the error to their readers."""

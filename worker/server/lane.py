@@ -92,14 +92,13 @@ class Lane:
         return self.slots.take(self.longest())
 
     def take_out(self, row: "Row") -> None:
-        """Frees a row's slot."""
+        """Frees a row's slot; `rest` is called next."""
         if self.rows.index(row) < self.running:
             self.running -= 1
             self.move(row, self.running)
         self.move(row, len(self.rows) - 1)
         self.rows.pop()
         self.slots.drop()
-        self.rest()
 
     def rest(self) -> None:
         """Keeps the slots that recorded steps read for the next rows, as long as nothing else needs their memory."""
