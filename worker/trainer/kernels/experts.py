@@ -83,7 +83,7 @@ def _parts(module: Any) -> tuple[Any, dict[str, Any]] | None:
         return None
     described = all(getattr(module, name, value) is value for name, value in _FORM.items())
     gates = getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
-    is_silu = type(module.act_fn).__name__ in {"SiLU", "SiLUActivation"}
+    is_silu = type(getattr(module, "act_fn", None)).__name__ in {"SiLU", "SiLUActivation"}
     return (module, wrappers) if described and gates and is_silu else None
 
 
