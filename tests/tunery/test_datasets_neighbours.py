@@ -1,13 +1,15 @@
 """Pairs of similar rows: compared exactly, and bounded in files whose rows are all similar."""
 
+import json
 import random
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.datasets.report import diversity, duplicates, leaks, neighbours, shingles, usable
+from tunery.datasets.report import diversity, duplicates, leaks, maker, neighbours, shingles, usable
 from tunery.datasets.report.case import Case
 from tunery.datasets.report.rows import Row, Turn
 
@@ -103,3 +105,14 @@ def test_rows_of_similar_questions_are_paired_a_few_times_each() -> None:
 def test_no_rows_have_no_pairs() -> None:
     assert neighbours.find([]) == []
     assert neighbours.find([row(1, "Only this")], [row(1, "Another one")]) == []
+
+
+def test_a_report_on_a_few_very_long_rows(tmp_path: Path) -> None:
+    """Their shingles are thousands, and their lines have no ends."""
+    words = said(15_000)
+    chats = [[("user", changed(words)), ("assistant", f"{changed(words)}.")] for _ in range(5)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = [finding.lines for finding in maker.make(path).findings if finding.kind == "near_duplicate"]
+    assert sorted(found) == [list(pair) for pair in combinations(range(1, 6), 2)]
