@@ -13,7 +13,8 @@ from tunery.datasets.report.endings import ITEM
 from tunery.datasets.report.rows import Row
 from tunery.datasets.report.vocabulary import Vocabulary
 
-_SURE, _BROKEN = 0.3, 0.99
+_SURE = 0.3
+_MOST_ODDS, _SURE_ODDS = 1000.0, 100.0
 _BLANK = 0.05
 """Share of answers with blanks at their end below which these are a sign of a cut, and no habit of the file."""
 _LEAST = 30
@@ -33,7 +34,7 @@ def find(case: Case) -> Iterator[Finding]:
         yield Finding("truncated_output", [line], 1.0, why, _ACTION)
     judged = cut.keys() | {line for task in case.tasks for line in task.labels}
     free = [row for row in rows if row.line not in judged and texts.load_json(row.answer) is None]
-    free = [row for row in free if len(row.answer.strip()) >= cut_model.CUTS]  # others cannot be cut to learn from
+    free = [row for row in free if len(row.answer.strip()) >= cut_model.SHORTEST]  # others cannot be cut to learn from
     if len(free) < _LEAST:
         return
     often = Counter(texts.squash(row.answer) for row in free)
@@ -45,22 +46,19 @@ def find(case: Case) -> Iterator[Finding]:
 
 def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
     """Returns the probability that each answer is truncated, using a base's probability of its end if available."""
-    words = dictionary.of(row.answer for row in free)
-    answers, all_texts = (
-        [row.answer for row in free],
-        (text for row in case.rows for text in (row.question, row.answer)),
-    )
-    known = Vocabulary(all_texts, answers, words)
-    scores = cut_model.score(answers, [row.question for row in free], known)
-    scores = np.maximum(scores, [_BROKEN * sign for sign in _signs(free, known)])
-    return cut_model.calibrate(cut_model.odds(scores) * _by_base(case, free))
+    lines = {row.line for row in free}
+    others = (text for row in case.rows if row.line not in lines for text in (row.question, row.answer))
+    known = Vocabulary(free, dictionary.of(row.answer for row in free), others)
+    odds = np.clip(cut_model.odds(free, known), 0, _MOST_ODDS)
+    odds[:, cut_model.AFTER] = np.where(_blanks(free), _SURE_ODDS, odds[:, cut_model.AFTER])
+    odds[:, cut_model.WHOLE] /= _by_base(case, free)
+    return cut_model.calibrate(odds)
 
 
-def _signs(free: Sequence[Row], known: Vocabulary) -> list[bool]:
-    """Returns whether each answer ends inside a word or a sentence, or with blanks where few answers do."""
-    has_blanks = [row.answer != row.answer.rstrip() for row in free]
-    is_habit = sum(has_blanks) > _BLANK * len(free)
-    return [known.breaks_off(row) or (blanks and not is_habit) for row, blanks in zip(free, has_blanks, strict=True)]
+def _blanks(free: Sequence[Row]) -> NDArray[np.bool_]:
+    """Returns whether each answer ends with blanks where few answers do."""
+    blanks = np.array([row.answer != row.answer.rstrip() for row in free])
+    return np.asarray(blanks & (blanks.mean() <= _BLANK))
 
 
 def _by_base(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
