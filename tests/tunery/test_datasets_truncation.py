@@ -137,6 +137,8 @@ def test_other_answers_say_which_last_lines_are_usual() -> None:
         ("He sat on 2 cats", 0),
         ("He sat on 1 cat", 0),
         ("He sat on the cat", 0),
+        ("He sat on one of the old cat", 1),
+        ("He sat on one of the old cats", 0),
         ("He sat on 2 ca", 0),
     ],
 )

@@ -241,7 +241,7 @@ def _word(text: str, question: str, found: Sequence[str], own: Own, known: Vocab
         "followed": followed,
         "followed in a sentence": followed and len(found) > _FEW,
         "after a followed word": bool(last and before) and known.is_followed(before[-1]),
-        "lacks its s": bool(last and before) and known.lacks_its_s(last, before[-1]),
+        "lacks its s": bool(last and before) and known.lacks_its_s(last, before),
         "letter by itself": len(last) == 1 and last.isalpha() and last not in LETTERS,
         "name": name,
         "short name": name and len(last) <= _SHORT_NAME,

@@ -13,7 +13,7 @@ from tunery.datasets.report.endings import ITEM
 from tunery.datasets.report.rows import Row
 from tunery.datasets.report.vocabulary import Vocabulary
 
-_SURE = 0.3
+_SURE = 0.25
 _MOST_ODDS, _SURE_ODDS = 1000.0, 100.0
 _BLANK = 0.05
 """Share of answers with blanks at their end below which these are a sign of a cut, and no habit of the file."""

@@ -42,6 +42,8 @@ FOLLOWED = frozenset(_ENGLISH.split())
 """English words that another one follows."""
 _SEVERAL = frozenset({"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "these", "those", "many"})
 _THIRD = frozenset({"he", "she", "it", "who"})
+_PHRASE = 5
+"""Words before a plural among which "one of" is."""
 
 
 def words(text: str) -> list[str]:
@@ -136,9 +138,10 @@ class Vocabulary:
         """Whether another word follows this one in the language, so that no sentence ends with it."""
         return word in FOLLOWED and self._dictionary.language == "en"
 
-    def lacks_its_s(self, word: str, before: str) -> bool:
-        """Whether an English word stands in its short form, as "hour" does in "10 hour" and "cost" in "it cost"."""
-        inflected = before in _SEVERAL or before in _THIRD or (before.isdigit() and before != "1")
+    def lacks_its_s(self, word: str, before: Sequence[str]) -> bool:
+        """Whether an English word stands in its short form, as in "10 hour", "it cost" and "one of the best beach"."""
+        inflected = before[-1] in _SEVERAL | _THIRD or (before[-1].isdigit() and before[-1] != "1")
+        inflected = inflected or ("one", "of") in pairwise(before[-_PHRASE:])
         known = self._dictionary.frequency(word) and self._dictionary.frequency(word + "s")
         return self._dictionary.language == "en" and inflected and not word.endswith("s") and known > 0
 
