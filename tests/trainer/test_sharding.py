@@ -3,6 +3,7 @@
 On a CPU over gloo, and with `-m gpu` on two GPUs over NCCL.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,8 @@ def test_pieces_learn_what_a_whole_model_does(runs: Runs, tmp_path: Path) -> Non
         assert found[name].dtype == tensor.dtype
         assert runs.gpus or (found[name] - tensor).abs().max() < 1e-3, name
     assert two_ranks.relative_difference(found, wanted) < 0.05
+    record = json.loads((runs.folder / "full" / "out" / "training_config.json").read_text())
+    assert record["memory"]["recompute"] == 2  # all layers, from weights that are gathered again
 
 
 @pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # bitsandbytes has a fast kernel for larger layers

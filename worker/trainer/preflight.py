@@ -63,7 +63,8 @@ def fit_micro_batch(
     except torch.OutOfMemoryError:
         raise _does_not_fit(work, "The optimizer's state", device) from None
     if device.type != "cuda":
-        plan = MemoryPlan(max(CPU_MICRO_BATCH, work.sequence))
+        objective.recompute(objective.layers if objective.is_sharded else 0)  # as on GPUs: see _cut
+        plan = MemoryPlan(max(CPU_MICRO_BATCH, work.sequence), recompute=objective.recomputes)
     else:
         plan = _measured(objective, rows, work, device) if ranks is None else _cut(objective, rows, work, ranks)
     if objective.knows_borders:
