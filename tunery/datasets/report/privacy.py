@@ -24,7 +24,10 @@ _DIGITS = 10
 """Minimum digits of a number of that country, or of another one that is dialled from there."""
 _NUMBER = re.compile(r"[+\d][\d\s().-]{6,}\d|[A-Z]{2}\d{2}")
 """What every phone, card, account and social security number has, so that few texts are searched for each of them."""
-_KEY = re.compile(r"[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/:]+:[^\s/@]+@")
+_KEY = re.compile(
+    r"(?<![A-Za-z0-9_/+=.-])(?=[a-z/.-]*[A-Z0-9_+=])[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/:]+:[^\s/@]+@"
+)
+"""What may be a key. No long word in small letters is one."""
 _SHORT, _AROUND = 300, 100
 """Characters of a line that is read as a whole, and of a longer one before and after what may be a key: a detector can
 take a time that is the square of a line's length."""
