@@ -29,7 +29,9 @@ CUTS = 3
 """Cuts of each kind made of each answer."""
 SHORTEST = 4
 """Characters of the shortest answer that can be cut."""
-_FOLDS, _SEED = 5, 7
+_FOLDS, _ROUNDS, _SEED = 5, 3, 7
+"""Rounds are averaged, where answers are few."""
+_LEAST_ODDS = 1e-6
 _PENALTY = 100.0
 """Weight of the squared coefficients."""
 _PRIOR = 2.0
@@ -70,7 +72,12 @@ class Ends:
 def odds(rows: Sequence[Row], known: Vocabulary) -> Floats:
     """Returns each answer's odds of being whole, cut inside a word and cut after one, if the three were as frequent.
     All answers have at least SHORTEST characters."""
-    dice = random.Random(_SEED)  # noqa: S311 (places to cut at)
+    rounds = range(_ROUNDS if len(rows) <= _FITTED else 1)
+    found = [_odds(rows, known, random.Random(_SEED + at)) for at in rounds]  # noqa: S311 (places to cut at)
+    return np.asarray(np.exp(np.mean(np.log(np.clip(found, _LEAST_ODDS, None)), axis=0)))
+
+
+def _odds(rows: Sequence[Row], known: Vocabulary, dice: random.Random) -> Floats:
     order = dice.sample(range(len(rows)), len(rows))
     learned = order[:_FITTED]
     found = np.tile([1.0, 0.0, 0.0], (len(rows), 1))
