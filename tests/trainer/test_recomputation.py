@@ -5,19 +5,26 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+from tunery.spec import Lora
 from worker.trainer import paths
-from worker.trainer.kernels import adapters, decoder, projections
+from worker.trainer.kernels import decoder, projections
 from worker.trainer.kernels.recomputation import Recomputation, is_running
+from worker.trainer.loading import RECIPES
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
-CONFIGS = {"llama": LlamaConfig(**_SIZES), "qwen3": Qwen3Config(**_SIZES), "gemma3": Gemma3TextConfig(**_SIZES)}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+CONFIGS = {
+    "llama": LlamaConfig(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES),
+    "qwen3_moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS),
+    "gemma3": Gemma3TextConfig(**_SIZES),
+}
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
@@ -25,10 +32,12 @@ def model_of(family: str, *, adapted: bool, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(1)
     model: nn.Module = AutoModelForCausalLM.from_config(CONFIGS[family])
     if adapted:
-        lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False)
-        model = get_peft_model(model, lora)
-        adapters.install(model)
-    decoder.install(model)
+        model = RECIPES["lora"].prepare(model, Lora(r=4, dropout=dropout), None)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # 0 at first, which leaves A without a gradient
+                nn.init.normal_(parameter)
+    else:
+        decoder.install(model)
     return model.train()
 
 
