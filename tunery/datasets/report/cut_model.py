@@ -88,7 +88,7 @@ def _odds(rows: Sequence[Row], known: Vocabulary, dice: random.Random) -> Floats
     first = _judge(parts, parts.whole_of(learned))
     certain = [at for at, odd in zip(learned, first, strict=True) if odd[INSIDE] + odd[AFTER] > _CERTAIN]
     taught = parts.at((parts.kinds != WHOLE) | ~np.isin(parts.owners, certain))
-    # An answer that ends with a sentence is not judged, as it cannot be told from a short one.
+    # An answer that ends with a sentence is not judged, as it looks like a short one.
     inner, rest = (
         [at for at in some if rows[at].answer.rstrip()[-1] not in _ENDS] for some in (learned, order[_FITTED:])
     )
