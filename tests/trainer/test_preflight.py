@@ -33,8 +33,9 @@ def test_plan_begins_a_little_above_the_least(model_info: dict[str, Any], techni
     assert capacity < 1.25 * least
     assert small is not None
     assert large is not None
-    assert small.step.recompute > model_info["num_hidden_layers"] // 2
-    assert small.step.offload
+    assert small.step.recompute
+    # A full fine-tune computes its one row while there are no gradients yet, which is room enough.
+    assert small.step.offload == (not isinstance(technique, Full))
     assert (large.step.recompute, large.step.offload) == (0, False)
     assert least <= small.estimate.bytes <= capacity
 

@@ -8,7 +8,7 @@ from known_models import LLAMA_8B
 
 from tunery.planning import expected, fitting, memory
 from tunery.planning.cards import CARDS
-from tunery.planning.expected import Load, Needs, Split, fixed_bytes, split
+from tunery.planning.expected import Load, Needs, Split, fixed_bytes, split, whole_step
 from tunery.planning.peak import Setting
 from tunery.spec import Full, Lora, Qlora, Technique
 
@@ -34,7 +34,8 @@ def run(
         (Lora(), 139.8, 16_384, 0, False),
         (Lora(), 18.2, 2_048, 26, False),
         (Full(), 79.2, 4_096, 0, False),
-        (Full(), 55.0, 2_048, 21, False),
+        (Full(), 55.0, 16_384, 26, False),  # all rows at once: gradients are made while activations are freed
+        (Full(), 50.0, 16_384, 29, False),
     ],
 )
 def test_plan_follows_the_memory_that_there_is(
@@ -89,6 +90,16 @@ def test_inputs_in_the_hosts_memory_are_limited() -> None:
     assert found is not None
     assert found.offload
     assert found.tokens * huge.inputs * found.recompute / huge.layers <= expected.MOST_OFFLOADED
+
+
+@pytest.mark.parametrize("least", [1, 2, 7, 10])
+def test_a_whole_step_recomputes_as_few_layers_as_fit(least: int) -> None:
+    tried = list[int]()
+    found = whole_step(10, 4000, lambda recompute: (tried.append(recompute), recompute >= least)[1])
+    assert found == Split(4000, least)
+    assert len(tried) <= 5
+    assert whole_step(10, 4000, lambda _: False) is None
+    assert whole_step(0, 4000, lambda _: True) is None  # layers that are not known cannot be recomputed
 
 
 def test_evaluation_limits_the_tokens_too() -> None:

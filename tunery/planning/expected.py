@@ -5,7 +5,7 @@ It follows `worker/trainer/preflight.py`, which measures what is estimated here.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -159,8 +159,32 @@ def split(room: float, needs: Needs, wanted: int, longest: int, *, unpacks: bool
 
     `unpacks`: the base is in four bits. Where several are as fast, the one that recomputes and offloads least.
     """
-    found = list(_splits(room, needs, wanted, longest))
-    return min(found, key=lambda each: _time(each, needs, unpacks=unpacks), default=None)
+    return fastest(_splits(room, needs, wanted, longest), needs.layers, unpacks=unpacks)
+
+
+def fastest(found: Iterable[Split | None], layers: int, *, unpacks: bool) -> Split | None:
+    """Returns the fastest split for a model of so many layers; None if there is none."""
+    splits = [each for each in found if each is not None]
+    return min(splits, key=lambda each: _time(each, layers, unpacks=unpacks), default=None)
+
+
+def whole_step(layers: int, tokens: int, fits: Callable[[int], bool]) -> Split | None:
+    """Returns a split in which all `tokens` of a step pass the model at once, with the fewest recomputed layers, at
+    least one; None if they do not fit. `fits`: whether they do with so many.
+
+    No gradients wait for the next micro-batch: they are allocated while activations are freed. For a full fine-tune,
+    whose gradients are as large as the model, that is room for more.
+    """
+    least, most = 1, layers
+    if not layers or not fits(layers):
+        return None
+    while least < most:
+        middle = (least + most) // 2
+        if fits(middle):
+            most = middle
+        else:
+            least = middle + 1
+    return Split(tokens, most)
 
 
 def _splits(room: float, needs: Needs, wanted: int, longest: int) -> Iterator[Split]:
@@ -174,9 +198,9 @@ def _splits(room: float, needs: Needs, wanted: int, longest: int) -> Iterator[Sp
                 yield Split(max(longest, min(wanted, most)), recompute, offload)
 
 
-def _time(found: Split, needs: Needs, *, unpacks: bool) -> float:
+def _time(found: Split, layers: int, *, unpacks: bool) -> float:
     """Returns the time per token, as a share of the time without recomputation in one large micro-batch."""
-    share = found.recompute / max(1, needs.layers)
+    share = found.recompute / max(1, layers)
     copies = OFFLOADED * share if found.offload else 0.0
     return 1 + RECOMPUTED * share + copies + PASSES[unpacks] * (1 + share / 2) / found.tokens
 
@@ -205,6 +229,8 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
     else:
         room, needs = _room(s, load, capacity), _needs(s, load.longest)
         found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
+        if s.is_full and wanted == load.step and (found is None or found.recompute or found.tokens < wanted):
+            found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)
     if found is None:
         return None
     graphs = not found.recompute and _is_recorded(s, found.tokens)
@@ -225,6 +251,16 @@ def _room(s: Setting, load: Load, capacity: int) -> float:
     rest = sum(size for name, size in one.items() if name not in (*_PASS, "gradients", "gathered"))
     gradients = s.cut(s.gradient_bytes) if s.is_full else s.gradient_bytes
     return room_of(capacity - PROCESS_BYTES[s.device] - rest, gradients + one["gathered"])
+
+
+def _whole_step(s: Setting, load: Load, capacity: int) -> Split | None:
+    rest = sum(peak.at_rest(s).values())
+    room = room_of(capacity - PROCESS_BYTES[s.device] - rest, 0)
+
+    def fits(recompute: int) -> bool:
+        return peak.peak(s, _step(load, load.step, recompute=recompute)).bytes - rest <= room
+
+    return whole_step(s.shape.layers, load.step, fits)
 
 
 def _needs(s: Setting, longest: int) -> Needs:

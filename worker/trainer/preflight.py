@@ -20,10 +20,12 @@ from tunery.planning.expected import (
     MEASURED,
     Needs,
     Split,
+    fastest,
     fixed_bytes,
     room_of,
     split,
     tokens_in,
+    whole_step,
 )
 from tunery.spec import Qlora, Technique
 from worker.trainer import sharding
@@ -108,15 +110,19 @@ def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: tor
     wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
     for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
         example = _example(rows, length, work.rows_an_example)
-        found = _fastest(_Probe(objective, example, work.validation, device), wanted, length)
+        probe = _Probe(objective, example, work.validation, device)
+        found = _fastest(probe, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
         if found is not None:
             objective.recompute(found.recompute, offload=found.offload)
             return MemoryPlan(found.tokens, recompute=found.recompute, offload=found.offload)
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
 
-def _fastest(probe: "_Probe", wanted: int, length: int) -> Split | None:
-    """Returns the fastest split that fits, by measurements of an example of `length` tokens and of two."""
+def _fastest(probe: "_Probe", wanted: int, length: int, *, is_step: bool) -> Split | None:
+    """Returns the fastest split that fits, by measurements of an example of `length` tokens and of two.
+
+    `is_step`: the `wanted` tokens are those of a whole step.
+    """
     layers, evaluation = probe.objective.layers, probe.evaluation() / length
     needs = Needs(layers, none=probe.peak(0) / length, evaluation=evaluation)
     if not layers or needs.none * wanted <= probe.room():
@@ -140,7 +146,11 @@ def _fastest(probe: "_Probe", wanted: int, length: int) -> Split | None:
         fixed=fixed,
     )
     log.info("%.1f MiB for activations; bytes: %s", probe.room() / 2**20, needs)
-    return split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
+    found = split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
+    if not probe.is_full or not is_step:
+        return found
+    whole = whole_step(layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, evaluation))
+    return fastest((found, whole), layers, unpacks=probe.unpacks)
 
 
 @dataclass(frozen=True)
@@ -156,13 +166,25 @@ class _Probe:
     def unpacks(self) -> bool:
         return any(getattr(p, "quant_state", None) is not None for p in self.objective.parameters())
 
-    def peak(self, recompute: int, *, offload: bool = False, examples: int = 1) -> float:
+    @property
+    def is_full(self) -> bool:
+        return all(p.requires_grad for p in self.objective.parameters())
+
+    def peak(self, recompute: int, *, offload: bool = False, examples: int = 1, accumulates: bool = True) -> float:
         """Returns the bytes of a forward and a backward pass over so many examples, with the first `recompute` layers
-        recomputed.
+        recomputed: with those of the gradients only if there are none from a micro-batch before.
         """
         self.objective.recompute(recompute, offload=offload)
-        measure = partial(_peak, self.objective, [self.longest] * examples, self.device)
+        measure = partial(_peak, self.objective, [self.longest] * examples, self.device, accumulates=accumulates)
         return _undone(measure, self.objective, self.device)
+
+    def step_fits(self, recompute: int, tokens: int, evaluation: float) -> bool:
+        """Whether a whole step fits at once, with the first `recompute` layers recomputed, and as many tokens of an
+        evaluation, which takes so many bytes for each.
+        """
+        step = self.peak(recompute, examples=-(-tokens // len(self.longest)), accumulates=False)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(step, evaluation * tokens) <= room_of(free, 0)
 
     def evaluation(self) -> float:
         """Returns the bytes of evaluating as many tokens as the longest example has; 0 without validation examples."""
@@ -248,15 +270,15 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
     )
 
 
-def _peak(objective: Objective, examples: Sequence[Example], device: torch.device) -> int:
-    """Returns the peak bytes of a forward and a backward pass, without the gradients of the trained weights.
+def _peak(objective: Objective, examples: Sequence[Example], device: torch.device, *, accumulates: bool = True) -> int:
+    """Returns the peak bytes of a forward and a backward pass.
 
-    Those exist for the whole run, however many tokens a micro-batch has, so they are allocated before measuring.
+    If it `accumulates`, the gradients of the trained weights are there before, and not counted.
     """
     objective.train()
     objective.rest()
     for parameter in objective.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and accumulates:
             parameter.grad = torch.zeros_like(parameter)
     # One behind the other where a model knows their borders, as in a step; else beside each other.
     places = [[*range(len(examples))]] if objective.knows_borders else [[place] for place in range(len(examples))]
