@@ -173,7 +173,7 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
     """
     then = plans[min(stepper.ranks.index, len(plans) - 1)]
     plan = replace(stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
-    if then["recompute"] is True:  # of a snapshot from before layers were counted
+    if then.get("recompute") is True:  # of a snapshot from before layers were counted
         plan = replace(plan, recompute=stepper.objective.layers)
     if stepper.device.type == "cuda":
         most = min(stepper.memory.max_tokens, plan.max_tokens)

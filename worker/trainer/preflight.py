@@ -82,7 +82,7 @@ def device_ready(device: torch.device) -> None:
     Later there may be none: torch does not return what it has reserved to other libraries.
     """
     if device.type == "cuda":
-        one = torch.ones(16, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+        one = torch.ones(16, 16, device=device, requires_grad=True)
         (one @ one).sum().backward()
 
 
