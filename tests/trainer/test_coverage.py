@@ -14,6 +14,7 @@ from tunery.planning import memory, shape
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer import checkpoints, coverage, inspection
+from worker.trainer.kernels import experts as kernels
 from worker.trainer.objective import all_and_trainable
 from worker.trainer.recipes import targets
 from worker.trainer.recipes.lora import LORA
@@ -130,7 +131,10 @@ def test_estimate_counts_what_is_made(tmp_path: Path, family: str) -> None:
         memory.estimate(each, Lora(), max_seq_length=64, device="cpu") for each in (model_info, without(model_info))
     ]
     sums = [estimate.parts["experts"] for estimate in estimates]
-    assert sums == [4 * (experts + experts // 2), 0]
+    merged = experts if family == "GPT-OSS" else 0  # rows pass through the adapters of the other families' experts
+    assert sums == [4 * (merged + merged // 2), 0]
+    assert model_info["counts"]["unmerged"] == experts - merged
+    assert (kernels.products(model) is not None) == (experts > merged)
 
 
 def without(model_info: dict[str, Any]) -> dict[str, Any]:

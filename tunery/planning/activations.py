@@ -14,6 +14,8 @@ CHUNK_BYTES = 256 * 2**20
 LEAST_CHUNK_ROWS = 64
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of a config's model_type whose layers run the trainer's own kernels."""
+FUSED_EXPERTS = frozenset({"qwen3_moe"})
+"""Those whose layers do so if their experts' adapters are run by the trainer too."""
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 _HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3", "gemma3_text"})
 _WIDE = BYTES["float32"]
@@ -28,9 +30,11 @@ def find_path(shape: Shape, technique: Technique, precision: Precision) -> Path:
     """
     if precision.autocast:
         return "autocast"
-    if shape.family not in FUSED | {None} or (isinstance(technique, Lora) and technique.use_dora):
-        return "plain"
-    return "fused"
+    families = FUSED | {None}
+    if isinstance(technique, Lora):
+        families |= FUSED_EXPERTS if shape.unmerged else frozenset()
+        families = frozenset() if technique.use_dora else families
+    return "fused" if shape.family in families else "plain"
 
 
 def kept(shape: Shape, technique: Technique, precision: Precision) -> int:

@@ -215,13 +215,14 @@ def _layer_bytes(s: Setting) -> int:
 
 
 def _expert_bytes(s: Setting, step: Step) -> int:
-    """Returns the bytes of the experts' weights with the adapters' updates added, and their gradient, for one layer.
+    """Returns the bytes of the experts' weights with the adapters' updates added, and their gradient, for one layer:
+    of experts whose rows do not pass through the adapters.
 
     The sums of layers that are not recomputed are kept for the backward pass.
     """
     if s.is_full:
         return 0
-    layer = s.shape.experts // max(1, s.shape.layers)
+    layer = (s.shape.experts - s.shape.unmerged) // max(1, s.shape.layers)
     return BYTES[s.precision.dense] * layer * (_whole(s, step) + 1)
 
 

@@ -12,7 +12,8 @@ class Shape:
     """A decoder's sizes in elements. Families with other names for their parts are treated like the nearest Llama.
 
     Counted on the model itself, 0 for bases of older releases: `rank_1`, the weights of rank-1 adapters on all linear
-    layers; `four_bit`, those that QLoRA quantises; `experts`, those of all experts. `ffn` is the width that a token
+    layers; `four_bit`, those that QLoRA quantises; `experts`, those of all experts; `unmerged`, those of experts to
+    which adapters are not added, as rows pass through the adapters themselves. `ffn` is the width that a token
     passes through; `family` is the config's model_type, None if unknown.
     """
 
@@ -27,6 +28,7 @@ class Shape:
     rank_1: int = 0
     four_bit: int = 0
     experts: int = 0
+    unmerged: int = 0
     heads: int = 0
     family: str | None = None
 

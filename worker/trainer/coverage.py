@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tunery.failures import CannotAdapt
 from tunery.spec import Full, Lora, Technique
+from worker.trainer.kernels import experts as kernels
 from worker.trainer.recipes import lora, targets
 from worker.trainer.training import Training
 
@@ -67,6 +68,7 @@ def model_info(config: Any) -> dict[str, Any]:
     with suppress(CannotAdapt):
         adapted = lora.with_new_adapters(model, lora.configuration(model, Lora(r=1)))
         counts["rank_1"] = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        counts["unmerged"] = kernels.weights_taken(adapted)
     return {"counts": counts, "active_experts_size": _active_size(config.get_text_config())}
 
 

@@ -49,6 +49,12 @@ def install(model: nn.Module) -> int:
     return len(wrappers)
 
 
+def weights_taken(model: nn.Module) -> int:
+    """Returns how many weights the experts have whose forward `install` replaces."""
+    found = [parts[0] for module in model.modules() if (parts := _parts(module)) is not None]
+    return sum(experts.gate_up_proj.numel() + experts.down_proj.numel() for experts in found)
+
+
 def products(model: nn.Module) -> dict[str, str] | None:
     """Returns how the experts' products are computed, and why if not by the device's own kernel; None without any."""
     found = [parts for module in model.modules() if _is_installed(module) and (parts := _parts(module))]
