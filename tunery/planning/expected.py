@@ -21,9 +21,10 @@ RECOMPUTED = 0.35
 """Time of recomputing all activations, as a share of a step without it: two operations a weight where a frozen base has
 four, without the last product of each layer."""
 OFFLOADED = 0.05
-"""Time of copying all layers' inputs to the host and back, as a share of a step: the copies run beside it."""
+"""Time of copying all layers' inputs to the host and back, as a share of a step: the copies run beside it. A guess."""
 PASSES = {False: 120, True: 480}
-"""Time of a micro-batch beside that of its tokens, in tokens; True: of four-bit weights, which each pass unpacks."""
+"""Time of a micro-batch beside that of its tokens, in tokens; True: of four-bit weights, which each pass unpacks.
+Estimates: a pass unpacks an 8B base in about the time of 160 tokens, and a step has two passes or three."""
 MOST_OFFLOADED = 8 * 2**30
 """Maximum bytes of layers' inputs in the host's memory: they are pinned, so that no other process can have it."""
 MEASURED = 3
@@ -221,13 +222,11 @@ def _on_cpu(load: Load) -> Step:
 
 
 def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
-    wanted = min(load.step, GPU_TOKENS)
+    wanted, room, needs = min(load.step, GPU_TOKENS), _room(s, load, capacity), _needs(s, load.longest)
     if s.ranks > 1:
-        needs = _needs(s, load.longest)
-        fits = int(max(0.0, _room(s, load, capacity) - needs.fixed) / max(1.0, needs.all))
+        fits = int(max(0.0, room - needs.fixed) / max(1.0, needs.all))
         found = Split(max(load.longest, min(wanted, fits)), s.shape.layers) if fits >= load.longest else None
     else:
-        room, needs = _room(s, load, capacity), _needs(s, load.longest)
         found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
         if s.is_full and wanted == load.step and (found is None or found.recompute or found.tokens < wanted):
             found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)

@@ -1,7 +1,7 @@
 """Makes the memory plan before the first step, by trying the largest work of the run.
 
 The optimizer's state is created first, by a step that changes nothing, so that no later step can run out of memory for
-it half-way. On a GPU a pass over the longest sequence and the evaluation of the longest validation row are measured.
+it half-way. On a GPU passes over the longest sequence and the evaluation of the longest validation row are measured.
 """
 
 import logging
