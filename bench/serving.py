@@ -1,18 +1,18 @@
 """Measures many adapters on one base in the model server: memory, throughput and loading.
 
     python -m bench.serving BASE OUT.json [--rank 16] [--tokens 32] [--rounds 5]
-    python -m bench.serving --shape 8b OUT.json
+    python -m bench.serving --shape 8b OUT.json [--models FOLDER] [--graphs] [--tokens 64] [--stages ...]
 
 BASE is a converted base (SmolLM2-135M). Adapters are random, on all linear layers. Everything runs on the CPU through
 the embedded back end as the model server drives it; "switching" is PEFT's `set_adapter`, one request after another.
-With `--shape` only the batch is measured, on a CUDA device with a random model of that shape in bf16.
+With `--shape` a random model of that shape is measured on a CUDA device in bf16; its checkpoint is made in FOLDER if it
+is missing there. `--shape small --device cpu` tries that out. OUT.json is written after each stage.
 """
 
 import argparse
 import gc
 import json
 import os
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,8 +26,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from bench import service, serving_shape, train_side_by_side
-from bench.shop import Shop, Took, answer_all, drive, rates, round_, times_faster
+from bench import make_model, service, serving_shape, train_side_by_side
+from bench.shop import Shop, Took, answer_all, drive, rates, round_, times_faster, zipf_order
 from tunery.artifacts import manifest
 from worker.server.backends.embedded import Engine
 from worker.server.streams import Alone
@@ -137,8 +137,7 @@ def loading(shop: Shop, engine: Engine) -> dict[str, Any]:
 def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
     """Measures Zipf traffic over MANY adapters (the k-th in proportion to 1/k), with room for RESIDENT and for all."""
     shop.stock(MANY)
-    dice = random.Random(1)
-    order = dice.choices(range(MANY), [1 / (k + 1) for k in range(MANY)], k=REQUESTS)
+    orders = zipf_order(MANY, REQUESTS, rounds)
     base = AutoModelForCausalLM.from_pretrained(shop.base, dtype=torch.float32)
     base_bytes = sum(parameter.nbytes for parameter in base.parameters())
     few = shop.engine("models", memory_bytes=base_bytes + RESIDENT * shop.adapter_bytes)
@@ -147,13 +146,12 @@ def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
         for number in range(MANY):
             engine.answer(shop.request(number, 1)).close()
     found: dict[str, list[Took]] = {"64 slots": [], "all resident": []}
-    for _ in range(rounds):
-        dice.shuffle(order)
+    for order in orders:
         for name, engine in (("64 slots", few), ("all resident", every)):
             found[name].append(drive(engine, [shop.request(number, tokens) for number in order], MIXED))
     return {
         "requests": REQUESTS,
-        "adapters_asked": len(set(order)),
+        "adapters_asked": len(set(orders[0])),
         **rates(found),
         "slots_of_all": times_faster(found["64 slots"], found["all resident"]),
     }
@@ -208,29 +206,34 @@ def main() -> None:
     parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("out", type=Path)
     parser.add_argument("--stages", help="run only these, comma-separated: memory, throughput, ...")
-    parser.add_argument("--shape", choices=["8b"])
+    parser.add_argument("--shape", choices=serving_shape.SHAPES)
+    parser.add_argument("--models", type=Path, help="with --shape: the folder of random checkpoints")
+    parser.add_argument("--device", default="cuda", help="with --shape")
     parser.add_argument("--streams", type=int, default=32, help="with --shape: streams of the batch")
     parser.add_argument("--graphs", action="store_true", help="with --shape: use CUDA graphs")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
-    if asked.shape:
-        stages = serving_shape.Large(rank=asked.rank, graphs=asked.graphs).stages(asked.streams, asked.tokens)
-        options = {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank, "graphs": asked.graphs}
-        measure(stages, asked.out, train_side_by_side.hardware() | options)
-        return
-    if asked.base is None:
+    if asked.base is None and asked.shape is None:
         parser.error("BASE is missing")
     with tempfile.TemporaryDirectory() as root:
-        shop = Shop(Path(root), asked.base, asked.rank)
-        stages = stages_of(shop, asked.tokens, asked.rounds)
+        if asked.shape:
+            stages, found = of_shape(asked, Path(root))
+        else:
+            stages = stages_of(Shop(Path(root), asked.base, asked.rank), asked.tokens, asked.rounds)
+            found = {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()}
+            found = service.hardware() | found
         names = asked.stages.split(",") if asked.stages else stages
-        measure(
-            {name: stages[name] for name in names},
-            asked.out,
-            service.hardware() | {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()},
-        )
+        measure({name: stages[name] for name in names}, asked.out, found)
+
+
+def of_shape(asked: argparse.Namespace, root: Path) -> tuple[serving_shape.Stages, dict[str, Any]]:
+    """Returns the stages of a shape, and what is known before them."""
+    options = {name: getattr(asked, name) for name in ("device", "rank", "graphs", "streams", "tokens")}
+    name = serving_shape.SHAPES[asked.shape]
+    stages = serving_shape.stages_of(lambda: make_model.ready(asked.models or root, name), root, **options)
+    return stages, train_side_by_side.hardware() | {"shape": name} | options
 
 
 def stages_of(shop: Shop, tokens: int, rounds: int) -> dict[str, Callable[[], dict[str, Any]]]:

@@ -1,11 +1,13 @@
-"""A batch of many streams on a CUDA device, on a random model of a large shape: `bench.serving --shape 8b`."""
+"""A batch of many streams on a random model of a large shape: `bench.serving --shape 8b`."""
 
 import json
+import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,16 +15,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from bench.shop import round_
+from bench.shop import TEMPLATE, Shop, Took, drive, rates, round_, times_faster, zipf_order
 from tunery.artifacts import manifest
+from tunery.planning.precision import dense_dtype
 from tunery.storage import Directory
 from worker.server import folders
+from worker.server.backends.embedded import Engine
 from worker.server.bank import Bank
 from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
-from worker.server.factors import Factors, Site
+from worker.server.factors import Factors, Site, split
+from worker.server.models import Source, shared
 from worker.server.streams import Alone
 from worker.trainer.decoding.graphs import Recorder, recorder_for
 from worker.trainer.rope import LengthRope
@@ -36,27 +42,60 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     max_position_embeddings=8192,
 )
+SHAPES = {"8b": "llama3-8b", "small": "small"}
+"""Names in `make_model.SHAPES`; `small` is for trying this out on a CPU."""
 MIXED, RESIDENT, SWITCHED, ROUNDS = 16, 64, 3, 3
+MANY, MANY_RANK, REQUESTS = 256, 8, 256
+"""Adapters of the Zipf traffic, their rank, and its requests; the first of ROUNDS warms up."""
 _WARM = 4
 """Steps before those that are timed: a CUDA graph is recorded in the third."""
-PROMPT, VOCABULARY = 128, 1000
+PROMPT, VOCABULARY = 128, 600
 """Tokens of a prompt, and how many different ones there are."""
+
+Stages = dict[str, Callable[[], dict[str, Any]]]
+
+
+def stages_of(
+    checkpoint: Callable[[], Path], root: Path, *, device: str, rank: int, graphs: bool, streams: int, tokens: int
+) -> Stages:
+    """Returns the stages in their order; a model is loaded by the first stage that needs it.
+
+    `checkpoint`: makes it, if it is missing. `root`: a folder for adapters. Raises ValueError for more streams than
+    there are adapters.
+    """
+    if streams > RESIDENT:
+        raise ValueError(f"At most {RESIDENT} streams: each has an adapter.")
+    folder = cache(checkpoint)
+    large = cache(lambda: Large(folder(), device, rank=rank, graphs=graphs))
+    zipf = cache(lambda: Zipf(folder(), root, tokens // 2, device=device, graphs=graphs))
+    return {
+        "checkpoint": lambda: _seconds(folder),
+        "loaded": lambda: _seconds(large),
+        "tokens_per_second": lambda: large().rates(streams, tokens),
+        "memory": lambda: large().memory(),
+        "loading_seconds": lambda: large().loading(),
+        "switching": lambda: large().switching(tokens),
+        "seconds_a_token": lambda: large().latency(tokens),
+        "zipf_all_resident": lambda: zipf().all_resident(),
+        "zipf_64_slots": lambda: zipf().slots(),
+        "traffic": lambda: large().traffic(tokens),
+        "in_turn": lambda: large().in_turn(tokens),
+    }
+
+
+def _seconds(work: Callable[[], Any]) -> dict[str, Any]:
+    begun = time.perf_counter()
+    work()
+    return {"seconds": round_(time.perf_counter() - begun)}
 
 
 class Large:
-    """A random model of a large shape with RESIDENT adapters, and what is measured of it."""
+    """A model of a large shape with RESIDENT adapters, and what is measured of it."""
 
-    def __init__(
-        self,
-        config: Any = LLAMA_8B,
-        device: str = "cuda",
-        dtype: torch.dtype = torch.bfloat16,
-        *,
-        rank: int = 16,
-        graphs: bool = False,
-    ) -> None:
-        with torch.device(device):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    def __init__(self, folder: Path, device: str, *, rank: int = 16, graphs: bool = False) -> None:
+        dtype = getattr(torch, dense_dtype(device))
+        self.model = Source(folder, None, device, dtype).read().eval()
+        self.unhooked = shared(self.model)
         recorder = recorder_for(self.model) if graphs else None
         self.recorded = 0
         self.device, self.rank = device, rank
@@ -64,26 +103,11 @@ class Large:
         self.cache = CacheMemory(32 * 2**30)
         self.batch = Batch(self.model, self.bank, self.cache, recorder=recorder and self._counted(recorder))
         self.base_bytes = _allocated(device)
-        self.adapters = [_adapter(self.model, rank) for _ in range(RESIDENT)]
+        sites = sites_of(self.model, rank)
+        self.adapters = [_random(sites, device) for _ in range(RESIDENT)]
         for adapter in self.adapters:
             self.bank.add(adapter)
         self.found: dict[str, float] = {}
-
-    def stages(self, streams: int, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Returns the stages in their order: the first one's figures are used by the last, which changes the model.
-
-        Raises ValueError for more streams than there are adapters.
-        """
-        if streams > RESIDENT:
-            raise ValueError(f"At most {RESIDENT} streams: each has an adapter.")
-        return {
-            "tokens_per_second": lambda: self.rates(streams, tokens),
-            "in_turn": lambda: self.in_turn(tokens),
-            "traffic": lambda: self.traffic(tokens),
-            "memory": self.memory,
-            "loading_seconds": lambda: _load(self.model, self.bank, self.adapters[0].sites, self.rank),
-            "switching": lambda: self.switching(tokens),
-        }
 
     def rates(self, streams: int, tokens: int) -> dict[str, Any]:
         """Tokens a second of one stream, MIXED and `streams`, on the base and with an adapter each."""
@@ -149,21 +173,150 @@ class Large:
         return made
 
     def memory(self) -> dict[str, Any]:
-        """Bytes allocated with the base alone, and with RESIDENT adapters that have answered."""
+        """Bytes allocated with the base alone, and with RESIDENT adapters that have answered; `reserved`: what the
+        process takes of the device for them, with the allocator's free blocks.
+        """
         adapter, both = self.adapters[0].nbytes, _allocated(self.device)
-        over = both / (self.base_bytes + RESIDENT * adapter) - 1 if self.base_bytes else None
-        base = {"base": self.base_bytes, "adapter": adapter, "both": both}
+        wanted = self.base_bytes + RESIDENT * adapter
+        reserved = torch.cuda.memory_reserved() if self.base_bytes else 0
+        over = {"over_base_and_adapters": both, "reserved_over_base_and_adapters": reserved}
+        base = {"base": self.base_bytes, "adapter": adapter, "both": both, "reserved": reserved}
         graphs = self.cache.nbytes  # no row is left: the graphs, and the slots that they read
-        return base | {"graphs": graphs, "over_base_and_adapters": over and round_(over)}
+        ratios = {name: round_(nbytes / wanted - 1) if self.base_bytes else None for name, nbytes in over.items()}
+        return base | {"graphs": graphs} | ratios
+
+    def loading(self) -> dict[str, float]:
+        return _load(self.model, self.bank, self.adapters[0].sites, self.rank)
 
     def switching(self, tokens: int) -> dict[str, float]:
         """Tokens a second of one request after another, each with an adapter of its own by PEFT's `set_adapter`."""
-        rate = _switch(self.model, self.rank, tokens)
-        return {"tokens_per_second": round_(rate), "mixed_of_switching": round_(self.found["mixed_adapters"] / rate)}
+        rate, mixed = _switch(self.unhooked, self.rank, tokens), self.found.get("mixed_adapters")
+        return {"tokens_per_second": round_(rate)} | ({"mixed_of_switching": round_(mixed / rate)} if mixed else {})
+
+    def latency(self, tokens: int) -> dict[str, float]:
+        """Seconds a token of one stream on the base, with an adapter, and with one merged: the weights stay changed."""
+        found = {"base": self._seconds_a_token(None, tokens), "adapter": self._seconds_a_token(self.adapters, tokens)}
+        _merge(self.model, _random(self.adapters[0].sites, self.device))
+        return found | {"merged": self._seconds_a_token(None, tokens)}
+
+    def _seconds_a_token(self, adapters: list[Factors] | None, tokens: int) -> float:
+        return round_(1 / median(_write(self.batch, 1, adapters, tokens) for _ in range(ROUNDS)))
+
+
+class Zipf:
+    """Traffic over MANY adapters of one base, the k-th in proportion to 1/k, in the model server's back end.
+
+    Those that are asked for are made, and lie on this host.
+    """
+
+    def __init__(self, base: Path, root: Path, tokens: int, *, device: str, graphs: bool) -> None:
+        self.options: dict[str, Any] = {"device": device, "graphs": graphs}
+        self.tokens = tokens
+        self.shop = ShopOnHost(root, base, MANY_RANK)
+        self.orders = zipf_order(MANY, REQUESTS, ROUNDS)
+        self.shop.make(set(self.orders[0]))
+        dtype = getattr(torch, dense_dtype(device))
+        self.base_bytes = sum(one.numel() for one in self.shop.model.parameters()) * dtype.itemsize
+        self.all: list[Took] = []
+
+    def all_resident(self) -> dict[str, Any]:
+        found = self._run(2 * MANY)
+        self.all = found.pop("runs")
+        return found
+
+    def slots(self) -> dict[str, Any]:
+        """The same with room for RESIDENT adapters."""
+        found = self._run(RESIDENT)
+        runs = found.pop("runs")
+        return found | ({"slots_of_all": times_faster(runs, self.all)["clock"]} if self.all else {})
+
+    def _run(self, slots: int) -> dict[str, Any]:
+        shop = self.shop
+        room = self.base_bytes + slots * shop.adapter_bytes + 2**20  # the last for the base's buffers
+        engine = shop.engine("models", memory_bytes=room, **self.options)
+        engine.answer(shop.request(None, 1)).close()
+        loading = [self._load(engine, number) for number in sorted(set(self.orders[0]))]
+        warm, *runs = [drive(engine, [shop.request(n, self.tokens) for n in order], MIXED) for order in self.orders]
+        return {
+            "requests": REQUESTS,
+            "tokens": self.tokens,
+            "rank": shop.rank,
+            "adapters_asked": len(loading),
+            "loading_median": round_(median(loading)),
+            "loading_worst": round_(max(loading)),
+            "warm_tokens_per_second": round_(warm.tokens / warm.seconds),
+            "tokens_per_second": rates({"runs": runs})["runs"]["tokens_per_second"],
+            "runs": runs,
+        }
+
+    def _load(self, engine: Engine, number: int) -> float:
+        begun = time.perf_counter()
+        engine.answer(self.shop.request(number, 1)).close()
+        return time.perf_counter() - begun
+
+
+class ShopOnHost(Shop):
+    """A shop whose base and adapters are in the model server's folder already: they are large."""
+
+    def __init__(self, root: Path, base: Path, rank: int) -> None:
+        super().__init__(root, base, rank)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        self.sites = sites_of(self.model, rank)
+        self.adapters = [{}] * MANY
+
+    @property
+    def adapter_bytes(self) -> int:
+        return 4 * sum(site.numel for site in self.sites)
+
+    def make(self, numbers: set[int]) -> None:
+        """Makes these adapters, several at once."""
+        noise = _weights(self.sites)
+        with ThreadPoolExecutor() as makers:
+            made = makers.map(partial(self._make_one, noise), sorted(numbers))
+            for number, adapter in zip(sorted(numbers), made, strict=True):
+                self.adapters[number] = adapter
+
+    def _make_one(self, noise: dict[str, torch.Tensor], number: int) -> dict[str, str]:
+        folder = self.root / f"adapter{number}"
+        _save({key: value * (1 + number / 1000) for key, value in noise.items()}, folder, self.rank)
+        for name in TEMPLATE:
+            if (self.base / name).exists():
+                shutil.copy(self.base / name, folder)
+        return self._lay(f"adapter{number}", folder)
+
+    def _publish(self, name: str, folder: Path) -> dict[str, str]:
+        """Links the base's files; its weights are not hashed, as nothing checks them."""
+        links = self.root / name
+        links.mkdir()
+        weights = list(folder.glob("*.safetensors"))
+        for file in set(folder.iterdir()) - set(weights):
+            (links / file.name).symlink_to(file.resolve())
+        laid = self._lay(name, links)
+        for file in weights:
+            (self.root / "models" / laid["manifest_sha256"] / file.name).symlink_to(file.resolve())
+        return laid
+
+    def _lay(self, name: str, folder: Path) -> dict[str, str]:
+        """Moves a folder to where the model server looks for it."""
+        listed = manifest.describe(folder)
+        (folder / manifest.NAME).write_bytes(listed.encode())
+        (self.root / "models").mkdir(exist_ok=True)
+        folder.rename(self.root / "models" / listed.sha256)
+        return {"id": name, "prefix": f"models/{name}", "manifest_sha256": listed.sha256}
 
 
 def _allocated(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+@torch.inference_mode()
+def _merge(model: Any, adapter: Factors) -> None:
+    """Adds an adapter to the weights."""
+    assert adapter.flat is not None
+    for site, (a, b) in zip(adapter.sites, split(adapter.flat[None], adapter.sites), strict=True):
+        weight = model.get_submodule(site.name).weight
+        weight += (b[0].T @ a[0]).to(weight.dtype)
 
 
 def _switch(model: Any, rank: int, tokens: int) -> float:
@@ -193,13 +346,7 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
     """
     with tempfile.TemporaryDirectory() as root:
         folder, storage = Path(root) / "adapter", Directory(Path(root) / "objects")
-        folder.mkdir()
-        weights = {}
-        for site in sites:
-            weights[f"base_model.model.{site.name}.lora_A.weight"] = torch.randn(rank, site.inputs)
-            weights[f"base_model.model.{site.name}.lora_B.weight"] = torch.randn(site.outputs, rank)
-        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+        _save(_weights(sites), folder, rank)
         _, sha256 = manifest.publish(storage, "models/one", folder)
 
         def add(there: Path) -> float:
@@ -233,10 +380,29 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
         }
 
 
-def _adapter(model: Any, rank: int) -> Factors:
-    layers = {name: layer for name, layer in model.named_modules() if name.endswith("_proj")}
-    sites = tuple(Site(name, rank, one.in_features, one.out_features) for name, one in sorted(layers.items()))
-    return Factors(sites, torch.randn(sum(site.numel for site in sites), device=model.device) * 0.01)
+def _weights(sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """Returns random A and B by the names that PEFT gives them."""
+    weights = {}
+    for site in sites:
+        weights[f"base_model.model.{site.name}.lora_A.weight"] = torch.randn(site.rank, site.inputs) * 0.02
+        weights[f"base_model.model.{site.name}.lora_B.weight"] = torch.randn(site.outputs, site.rank) * 0.02
+    return weights
+
+
+def _save(weights: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
+    folder.mkdir()
+    save_file(weights, folder / folders.WEIGHTS, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+
+
+def sites_of(model: nn.Module, rank: int) -> tuple[Site, ...]:
+    """Returns all linear layers but the head."""
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if name.endswith("_proj")}
+    return tuple(Site(name, rank, one.in_features, one.out_features) for name, one in sorted(layers.items()))
+
+
+def _random(sites: tuple[Site, ...], device: str) -> Factors:
+    return Factors(sites, torch.randn(sum(site.numel for site in sites), device=device) * 0.01)
 
 
 def _write(batch: Batch, streams: int, adapters: list[Factors] | None, tokens: int) -> float:

@@ -1,6 +1,7 @@
 """A base with many adapters in storage, and the embedded back end, driven as the model server drives it."""
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,13 @@ def times_faster(one: Sequence[Took], other: Sequence[Took]) -> dict[str, float]
         "clock": round_(median(a.tokens / a.seconds / (b.tokens / b.seconds) for a, b in pairs)),
         "processor": round_(median(a.tokens / a.cpu_seconds / (b.tokens / b.cpu_seconds) for a, b in pairs)),
     }
+
+
+def zipf_order(adapters: int, requests: int, rounds: int) -> list[list[int]]:
+    """Returns the adapters asked for in each round, the k-th in proportion to 1/k: the same ones in other orders."""
+    dice = random.Random(1)
+    order = dice.choices(range(adapters), [1 / (k + 1) for k in range(adapters)], k=requests)
+    return [dice.sample(order, requests) for _ in range(rounds)]
 
 
 class Shop:
