@@ -1,9 +1,10 @@
-"""Compares a job on one GPU with the same on two: `python -m bench.scaling OUT.json [--kinds "lora 8b"] [--steps 48]`.
+"""Compares a job on one GPU with the same on two: `python -m bench.scaling OUT.json [--kinds "lora 8b"] [--steps 48]
+[--skip 10] [--models FOLDER]`.
 
 Weak scaling: each GPU has four rows of 1,900 to 1,906 tokens a step, however many there are. Strong scaling: all of
 them together have eight rows of a step, of the lengths of instruction data. Every run is the trainer's own process, as
 a worker preloads it. `all_steps` counts the seconds of every step, with the compilation and capture of the first ones;
-`steady` those after SKIP. OUT.json is written after every kind. The checkpoints are random. Needs two GPUs.
+`steady` those after `--skip` steps. OUT.json is written after every kind. The checkpoints are random. Needs two GPUs.
 """
 
 import argparse
@@ -19,7 +20,6 @@ from bench import make_model
 from bench.job_speed import Work, measure
 from bench.train_side_by_side import hardware
 
-SKIP = 10
 LIMIT = 200.0
 """Seconds after which a run is killed: a rank that hangs must not take the others' time."""
 
@@ -69,28 +69,28 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--skip", type=int, default=10)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "models")
     a = parser.parse_args()
     kinds = {name: KINDS[name] for name in a.kinds}
     began = time.monotonic()
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as home:
-        bases = {shape: Path(home) / shape for shape in {kind.shape for kind in kinds.values()}}
-        for shape, folder in bases.items():
-            make_model.make(folder, shape)
+    shapes = {kind.shape for kind in kinds.values()}
+    bases = {shape: make_model.ready(a.models, shape) for shape in shapes}
 
-        def run(name: str, gpus: str) -> dict[str, Any]:
-            kind = kinds[name]
-            work = kind.on_two() if "," in gpus else kind.work
-            work = replace(work, steps=a.steps, skip=SKIP)
-            return measure(bases[kind.shape], work, preloaded=True, limit=LIMIT, gpus=gpus)
+    def run(name: str, gpus: str) -> dict[str, Any]:
+        kind = kinds[name]
+        work = kind.on_two() if "," in gpus else kind.work
+        work = replace(work, steps=a.steps, skip=a.skip)
+        return measure(bases[kind.shape], work, preloaded=True, limit=LIMIT, gpus=gpus)
 
-        # One GPU's runs go side by side, one on each: they share nothing that their steps wait for.
-        with ThreadPoolExecutor(2) as pool:
-            ones = dict(zip(kinds, pool.map(run, kinds, ("0", "1") * len(kinds)), strict=False))
-        for name in kinds:
-            results[name] = compare(ones[name], run(name, "0,1"))
-            print(f"{time.monotonic() - began:.0f} s  {shown(name, results[name])}", flush=True)
-            a.out.write_text(json.dumps({**hardware(), "steps": a.steps, "skip": SKIP, "kinds": results}, indent=1))
+    # One GPU's runs go side by side, one on each: they share nothing that their steps wait for.
+    with ThreadPoolExecutor(2) as pool:
+        ones = dict(zip(kinds, pool.map(run, kinds, ("0", "1") * len(kinds)), strict=False))
+    for name in kinds:
+        results[name] = compare(ones[name], run(name, "0,1"))
+        print(f"{time.monotonic() - began:.0f} s  {shown(name, results[name])}", flush=True)
+        a.out.write_text(json.dumps({**hardware(), "steps": a.steps, "skip": a.skip, "kinds": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ sharded over two, by full fine-tuning and by QLoRA, with the same rows a step; a
 Losses are compared with each other, and each rank's memory with the table. Every run has a time limit, and each result
 is printed and written as soon as the run ends.
 
-Options: `--table` prints only the table. To try it without GPUs: `--base` a tiny model, `--steps 3`.
+Options: `--table` prints only the table; `--models` keeps the checkpoints in a folder. To try it without GPUs:
+`--base` a tiny model, `--steps 3`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.process_memory import host_bytes
-from bench.two_gpus import TEMPLATE, lay_out
+from bench.two_gpus import lay_out
 from tunery.spec import Full, Plan, Qlora, Resources, Run
 
 ROOT = Path(__file__).parents[1]
@@ -204,19 +205,12 @@ def compare(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def make(folder: Path, shape: str) -> Path:
-    from bench import make_model
-
-    make_model.make(folder, shape)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "models")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--rank", type=Path, nargs=2)
@@ -231,17 +225,17 @@ def main() -> int:
 
 
 def measure(a: argparse.Namespace, layouts: list[dict[str, Any]]) -> int:
+    from bench import make_model
     from bench.train_side_by_side import hardware
 
     began, failed = time.monotonic(), 0
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as home:
-        made: dict[str, Path] = {}
         for number, name in enumerate(a.runs):
             shape = RUNS[name][2]
             try:
-                made[shape] = a.base or made.get(shape) or make(Path(home) / shape, shape)
-                found = carry_out(name, made[shape], Path(home), a.steps, number % 2)
+                base = a.base or make_model.ready(a.models, shape)
+                found = carry_out(name, base, Path(home), a.steps, number % 2)
             except (RuntimeError, OSError) as error:
                 failed += 1
                 print(f"FAILED after {time.monotonic() - began:.0f} s: {error}", flush=True)

@@ -33,10 +33,6 @@ ROOT = Path(__file__).parents[1]
 BATCH, SEED = 8, 7
 NOISE = 0.01
 """Relative difference of a step's loss that another order of summation may cause in bf16 over a run."""
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 TECHNIQUES = {
     "full": (Full(), Full(), 2e-5),
     "lora": (Lora(), Lora(dropout=0.1), 2e-4),
@@ -49,7 +45,6 @@ def make_base(folder: Path) -> Path:
     from bench import make_model
 
     make_model.make(folder, "llama3-1b")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
