@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows import keys, reasons, strict_json
+from tunery.rows import filled, keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import read_line
 from tunery.rows.pairs import PairShape
@@ -96,6 +96,11 @@ class Function(_Sealed):
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _drop_filled(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else filled.clean_schema(value)
 
 
 class Tool(_Sealed):
@@ -266,7 +271,7 @@ class Example(BaseModel):
             return fields
         if reason := keys.find_meaning(fields):
             refuse(reason)
-        return read_functions(fields)
+        return filled.clean_calls(read_functions(fields))
 
     @field_validator("messages", mode="before")
     @classmethod

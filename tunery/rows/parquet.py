@@ -99,13 +99,15 @@ class ParquetParser:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON: without NaN, which marks missing values in tables. Raises ValueError for bytes."""
+    """Returns a value as JSON: without NaN, which marks missing values in tables, and without a record's members that
+    have no value, as all records of a column have the members of each. Raises ValueError for bytes."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, bytes):
         raise ValueError("a value is binary, and only text is supported here. Remove its column.")  # noqa: TRY004 (one kind)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        plain = ((key, _plain(item)) for key, item in value.items())
+        return {key: item for key, item in plain if item is not None}
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
