@@ -217,6 +217,13 @@ def test_chat_reads_a_message_as_training_does() -> None:
     assert (request.messages, request.tools) == (example.messages, example.tools)
 
 
+def test_a_chat_says_which_call_a_result_answers() -> None:
+    """As in OpenAI's API, though rows may leave it out."""
+    said = [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "t"}]
+    with pytest.raises(InvalidValue, match="is a tool result without 'tool_call_id'"):
+        parse(asked(messages=said))
+
+
 @pytest.mark.parametrize("wrong", WRONG_VALUES, ids=repr)
 def test_chat_refuses_a_wrong_value_in_our_words(wrong: object) -> None:
     numbers = ("max_completion_tokens", "max_tokens", "temperature", "top_p", "seed", "stream", "tool_choice", "stop")

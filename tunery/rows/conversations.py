@@ -1,10 +1,9 @@
 """Converts conversations from ShareGPT's format: from/value for role/content, other role names, calls as turns."""
 
 import json
-from collections import deque
 from typing import Any
 
-from tunery.rows import strict_json
+from tunery.rows import call_ids, strict_json
 
 ROLES = {
     **dict.fromkeys(("human", "user", "question"), "user"),
@@ -35,14 +34,13 @@ def convert(value: Any, key: str) -> Any:
     turns = decoded(value, key)
     if not isinstance(turns, list):
         raise ValueError(f"'{key}' must be a list of messages, not {strict_json.kind(turns)}.")  # noqa: TRY004 (as below)
-    calls: deque[str] = deque()
     messages = []
     for number, turn in enumerate(turns, start=1):
         try:
-            messages.append(_message(turn, calls, number))
+            messages.append(_message(turn))
         except ValueError as error:
             raise ValueError(f"message {number} of '{key}' {error}") from None
-    return messages
+    return call_ids.fill(messages)
 
 
 def decoded(value: Any, key: str) -> Any:
@@ -55,8 +53,8 @@ def decoded(value: Any, key: str) -> Any:
         raise ValueError(f"'{key}' must be a list, or a JSON list written as a string: {error}") from None
 
 
-def _message(turn: Any, calls: deque[str], number: int) -> dict[str, Any]:
-    """Converts one turn. `calls`: ids of calls that no tool has answered yet."""
+def _message(turn: Any) -> dict[str, Any]:
+    """Converts one turn."""
     if not isinstance(turn, dict):
         raise ValueError(f"must be an object, not {strict_json.kind(turn)}.")  # noqa: TRY004 (as below)
     fields = dict(turn)
@@ -65,9 +63,7 @@ def _message(turn: Any, calls: deque[str], number: int) -> dict[str, Any]:
     if "content" not in fields and "value" in fields:
         fields["content"] = fields.pop("value")
     if role == "call":
-        return {**fields, "role": "assistant", **_calls(fields.pop("content", None), calls, number)}
-    if role == "tool" and fields.get("tool_call_id") is None:
-        fields["tool_call_id"] = calls.popleft() if calls else f"call_{number}"
+        return {**fields, "role": "assistant", **_calls(fields.pop("content", None))}
     return {"role": role, **fields}
 
 
@@ -83,15 +79,14 @@ def _role(speaker: Any, fields: dict[str, Any]) -> str:
     return ROLES[speaker.casefold()]
 
 
-def _calls(value: Any, pending: deque[str], number: int) -> dict[str, Any]:
-    """Returns the calls of one turn, an object or a list of them, each with an id for its answer to refer to."""
+def _calls(value: Any) -> dict[str, Any]:
+    """Returns the calls of one turn, which are an object or a list of them."""
     items = decoded(value, "function_call")
     made = []
-    for place, item in enumerate(items if isinstance(items, list) else [items], start=1):
+    for item in items if isinstance(items, list) else [items]:
         if not isinstance(item, dict) or not isinstance(item.get("name"), str):
             raise ValueError(_CALL)  # noqa: TRY004 (to callers every fault of a row is one kind)
-        pending.append(f"call_{number}_{place}")
         arguments = item.get("arguments", item.get("parameters", {}))
         spelled = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        made.append({"id": pending[-1], "type": "function", "function": {"name": item["name"], "arguments": spelled}})
+        made.append({"type": "function", "function": {"name": item["name"], "arguments": spelled}})
     return {"content": None, "tool_calls": made}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows import filled, keys, reasons, strict_json
+from tunery.rows import call_ids, filled, keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import read_line
 from tunery.rows.pairs import PairShape
@@ -276,7 +276,8 @@ class Example(BaseModel):
     @field_validator("messages", mode="before")
     @classmethod
     def _decode_messages(cls, value: object) -> object:
-        return _decoded(value)
+        messages: Any = _decoded(value)
+        return call_ids.fill(messages) if call_ids.lacks_ids(messages) else messages
 
     @field_validator("tools", mode="before")
     @classmethod
