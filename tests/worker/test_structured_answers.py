@@ -38,6 +38,10 @@ class Card(BaseModel):
     lost: bool
 
 
+def _format(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.llama(
@@ -111,7 +115,10 @@ def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, "odd"),
+        (_format({"type": "odd"}), "odd"),
+        (_format({"type": "string", "pattern": "^(?=a)b$"}), "regex parse error: look-around, .*not supported"),
+        (_format({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "use 'anyOf'"),
+        (_format({"properties": {f"property{i}": {"type": "integer"} for i in range(15_000)}}), "too large"),
         ({"response_format": {"type": "json_schema"}}, "'json_schema' goes only with"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tool_choice": "required"}, "'tools' is empty"),
