@@ -223,6 +223,31 @@ def test_fault_of_a_conversation_names_its_message(turns: Any, reason: str) -> N
     assert reason in refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        ("<|im_start|>user\nq<|im_end|><|im_start|>assistant\na<|im_end|>", [("user", "q"), ("assistant", "a")]),
+        (
+            " <|im_start|>user\n q \n<|im_end|>\n\n<|im_start|>assistant\na<|im_end|>\n ",
+            [("user", " q \n"), ("assistant", "a")],
+        ),
+        (
+            "<|im_start|>user\nWhat is <|im_start|>?<|im_end|>\n<|im_start|>assistant\n<|im_end|>",
+            [("user", "What is <|im_start|>?"), ("assistant", "")],
+        ),
+        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na", None),
+        ("<|im_start|>user\nq<|im_end|> x <|im_start|>assistant\na<|im_end|>", None),
+        ("<|im_start|>user q<|im_end|>", None),
+    ],
+)
+def test_chatml_is_whole_turns(text: str, turns: list[Turn] | None) -> None:
+    if turns is None:
+        with pytest.raises(InvalidTrainingFile, match="must be whole turns of ChatML"):
+            said(rows({"text": text}))
+    else:
+        assert said(rows({"text": text})) == [turns]
+
+
 def test_calls_and_their_answers_have_the_same_ids() -> None:
     _, (_, example) = read_examples([fixture("sharegpt_tools")], "training")
     calls = example.messages[1].tool_calls or []

@@ -3,6 +3,7 @@
 `convert` gives the messages of the prompt and the preferred answer, and `dispreferred`, the other answer's message.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,15 +84,20 @@ def _in_common(
         raise ValueError(
             f"'{names[0]}' and '{names[1]}' must have the same messages but for the last, the answer. Correct the row."
         )
-    texts = [message.get("content") for message in prompt if isinstance(message, dict)]
+    texts = {_key(message.get("content")) for message in prompt if isinstance(message, dict)}
     asked = parts.get("user", [])
     repeated = [turn.get("content") for turn in asked if isinstance(turn, dict)] if isinstance(asked, list) else [asked]
-    if any(text not in texts for text in repeated if not _is_last(text, both)):
+    if any(_key(text) not in texts for text in repeated if not _is_last(text, both)):
         raise ValueError(
             f"'{used['user']}' would be ignored: it is not a message of '{names[0]}'. Put it there, or remove the key."
         )
     before = prompt_turns({**parts, "user": prompt}, used) if "system" in parts else as_given(prompt)
     return before, [said[-1:] for said in both]
+
+
+def _key(content: Any) -> str:
+    """Returns what contents have in common if they are equal."""
+    return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
 
 
 def _is_last(text: Any, both: list[list[Any]]) -> bool:

@@ -20,7 +20,9 @@ def any_case(*names: str) -> tuple[str, ...]:
 
 
 SYSTEMS = any_case("system", "system_prompt", "system_message")
-_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+_CHATML_HEAD = re.compile(r"<\|im_start\|>(\w+)\n")
+_CHATML_END = "<|im_end|>"
+_BLANK = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,23 @@ def begins_with_system(messages: list[Any]) -> bool:
 
 
 def _chatml(text: Any) -> list[dict[str, Any]]:
-    turns = list(_CHATML_TURN.finditer(text.strip())) if isinstance(text, str) else []
-    if not turns or sum(len(turn[0]) for turn in turns) != len(text.strip()):
+    turns: list[dict[str, Any]] = []
+    place, text = 0, text.strip() if isinstance(text, str) else ""
+    while place < len(text):
+        # Not by one pattern for a turn: it would read the rest of the text once for each turn without an end.
+        head = _CHATML_HEAD.match(text, place)
+        end = -1 if head is None else text.find(_CHATML_END, head.end())
+        if head is None or end < 0:
+            turns = []
+            break
+        turns.append({"role": head[1], "content": text[head.end() : end]})
+        place = _after_blank(text, end + len(_CHATML_END))
+    if not turns:
         raise ValueError("'text' must be whole turns of ChatML: <|im_start|>ROLE, a line break, the text, <|im_end|>.")
-    return [{"role": turn[1], "content": turn[2]} for turn in turns]
+    return turns
+
+
+def _after_blank(text: str, place: int) -> int:
+    found = _BLANK.match(text, place)
+    assert found is not None, "no blanks match too"
+    return found.end()
