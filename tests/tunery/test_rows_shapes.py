@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tunery.datasets.rules import check_examples
 from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import read_examples
+from tunery.rows.shapes import can_be_named
 
 SHAPES = Path(__file__).parents[1] / "data/shapes"
 Turn = tuple[str, str | None]
@@ -129,7 +130,16 @@ TAKEN: dict[str, tuple[str | None, list[list[Turn]]]] = {
         "plain text rows: every token of 'text' is learned, and the end token after it",
         [[("assistant", "Once there was a miller who had three sons.")]],
     ),
+    "alpaca_blank": (
+        "Alpaca rows: 'system' as the system message, 'history' as earlier turns, 'instruction' as the user's message, "
+        "'input' as text after it, 'output' as the answer",
+        [
+            [("user", "Name a fruit."), ("assistant", "Pear.")],
+            [("user", "Name a lake."), ("assistant", "The Maschsee.")],
+        ],
+    ),
     "chatml": ("ChatML text rows: 'text' as the conversation", [[BRIEF, *WAY]]),
+    "chatml_marked": ("ChatML text rows: 'text' as the conversation", [[BRIEF, *WAY], WAY]),
 }
 
 
@@ -158,6 +168,13 @@ REFUSED = {
     "refused_kto_chat": "has the key 'kto_tag', which marks the answer as good or bad (KTO)",
     "refused_label_true": "has the key 'label', which marks the answer as good or bad (KTO)",
     "refused_two_answers": "each of 'response', 'answer' may be the answer. Keep one and remove",
+    "refused_two_questions": "each of 'prompt', 'instruction' may be the question. Keep one and remove the others, or "
+    "name the columns to use in the job's 'columns'.",
+    "refused_rendered_llama2": "'text' begins with '[INST]', so a chat template has already rendered it.",
+    "refused_rendered_llama3": "'text' begins with '<|start_header_id|>', so a chat template has already rendered it.",
+    "refused_text_intent": "'intent' may be the class of 'text', or only describe it. Name 'text' as the prompt and",
+    "refused_sentence_label": "The row has 'sentence', 'label'; pairs such as prompt/completion",
+    "refused_rows_in_object": "'data' is a list of rows: send this list alone, as a JSON array.",
 }
 
 
@@ -167,6 +184,13 @@ def test_shape_that_cannot_be_trained_is_refused_by_name(name: str) -> None:
         said(fixture(name))
     assert "Example 1" in refused.value.message
     assert REFUSED[name] in refused.value.message
+
+
+@pytest.mark.parametrize("name", ["refused_two_answers", "refused_two_questions", "refused_text_intent"])
+def test_a_file_whose_columns_a_job_can_name_may_be_uploaded(name: str) -> None:
+    with pytest.raises(InvalidTrainingFile) as refused:
+        said(fixture(name))
+    assert can_be_named(refused.value.message)
 
 
 def test_every_fixture_is_judged() -> None:

@@ -7,7 +7,7 @@ from tunery.rows import call_ids, strict_json
 
 ROLES = {
     **dict.fromkeys(("human", "user", "question"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model", "ai"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "bing", "bard", "model", "ai"), "assistant"),
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response", "ipython"), "tool"),

@@ -20,9 +20,15 @@ def any_case(*names: str) -> tuple[str, ...]:
 
 
 SYSTEMS = any_case("system", "system_prompt", "system_message")
-_CHATML_HEAD = re.compile(r"<\|im_start\|>(\w+)\n")
-_CHATML_END = "<|im_end|>"
+_CHATML_BEGIN, _CHATML_END = "<|im_start|>", "<|im_end|>"
+_CHATML_HEAD = re.compile(rf"{re.escape(_CHATML_BEGIN)}(\w+)\n")
 _BLANK = re.compile(r"\s*")
+_MARKS = ("<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>")
+"""BOS and EOS tokens, which stand around a conversation that a template has rendered."""
+_RENDERED = re.compile(
+    r"\[INST\]|<<SYS>>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|system|assistant|start|turn)\|?>"
+)
+"""What conversations begin with that well-known templates have rendered."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,9 @@ class TextShape(Shape):
     def convert(self, row: dict[str, Any]) -> dict[str, Any]:
         key = self.columns["text"]
         rest = {name: value for name, value in row.items() if name != key}
-        return {**rest, "messages": [text_message("assistant", row[key], key)]}
+        message = text_message("assistant", row[key], key)
+        _refuse_rendered(message["content"], key)
+        return {**rest, "messages": [message]}
 
     def describe(self, used: Mapping[str, str]) -> str:
         return f"{self.name} rows: every token of '{used['text']}' is learned, and the end token after it"
@@ -126,11 +134,15 @@ def prompt_turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]
 
 def _user(parts: Mapping[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
     message = text_message("user", parts["user"], used["user"])
-    if context := _optional_text(parts, used, "context"):
-        message["content"] = f"{context}\n\n{message['content']}"
     if more := _optional_text(parts, used, "input"):
-        message["content"] = f"{message['content']}\n{more}"
+        message["content"] = _joined("\n", message["content"], more)
+    if context := _optional_text(parts, used, "context"):
+        message["content"] = _joined("\n\n", context, message["content"])
     return message
+
+
+def _joined(between: str, *texts: str) -> str:
+    return between.join(text for text in texts if text.strip())
 
 
 def _system(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -165,7 +177,8 @@ def as_given(messages: list[Any]) -> list[Any]:
 
 def _history(value: Any) -> list[dict[str, Any]]:
     """Returns the messages of earlier turns, which are pairs of a question and an answer."""
-    pairs = conversations.decoded(value, "history") if value is not None else []
+    is_absent = value is None or (isinstance(value, str) and not value.strip())
+    pairs = [] if is_absent else conversations.decoded(value, "history")
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError('\'history\' must be a list of pairs: [["question", "answer"], ...].')
     turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
@@ -178,9 +191,31 @@ def begins_with_system(messages: list[Any]) -> bool:
     return isinstance(first, dict) and first.get("role") in ("system", "developer")
 
 
+def is_chatml(text: Any) -> bool:
+    """Whether a text begins with a turn of ChatML."""
+    return isinstance(text, str) and _bare(text).startswith(_CHATML_BEGIN)
+
+
+def _bare(text: str) -> str:
+    """Returns a text without white space, one BOS and one EOS token around it."""
+    text = text.strip()
+    text = text.removeprefix(next(filter(text.startswith, _MARKS), "")).lstrip()
+    return text.removesuffix(next(filter(text.endswith, _MARKS), "")).rstrip()
+
+
+def _refuse_rendered(text: str, key: str) -> None:
+    """Raises ValueError for a conversation that a chat template has rendered, of which every token would be learned."""
+    if (mark := _RENDERED.match(_bare(text))) is not None:
+        raise ValueError(
+            f"'{key[:40]}' begins with '{mark[0]}', so a chat template has already rendered it. Its prompts would be "
+            "learned, and its special tokens as plain text. Send the conversation as 'messages'; the template of the "
+            "job's model renders it."
+        )
+
+
 def _chatml(text: Any) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    place, text = 0, text.strip() if isinstance(text, str) else ""
+    place, text = 0, _bare(text) if isinstance(text, str) else ""
     while place < len(text):
         # Not by one pattern for a turn: it would read the rest of the text once for each turn without an end.
         head = _CHATML_HEAD.match(text, place)

@@ -21,6 +21,7 @@ from tunery.rows.shape import (
     Shape,
     TextShape,
     any_case,
+    is_chatml,
 )
 
 _QUESTIONS = ("prompt", "instruction", "input", "question", "query", "user")
@@ -28,7 +29,9 @@ _ANSWERS = ("completion", "response", "output", "answer", "assistant", "target")
 _LABELS = ("label_text", "label")
 _CONVERSATIONS = ("conversations", "conversation")
 _START = "Unexpected file format"
-_BY_HAND = "Name other columns in the job's 'columns'."
+_CLASSES = ("intent", "category", "class", "class_name", "labels", "sentiment", "emotion", "topic")
+"""Names of a column that may hold the class of a text, or only describe it."""
+_BY_HAND = "in the job's 'columns'."
 
 
 class FileShape:
@@ -101,7 +104,7 @@ def detect(row: Mapping[str, Any]) -> Shape:
     for key in _CONVERSATIONS:
         if key in row:
             return Shape(SHAREGPT, {"messages": key}, {"system": SYSTEMS})
-    if isinstance(text := row.get("text"), str) and text.lstrip().startswith("<|im_start|>"):
+    if is_chatml(row.get("text")):
         return Shape(CHATML, {"text": "text"})
     return _question_answer(row)
 
@@ -111,13 +114,14 @@ def _question_answer(row: Mapping[str, Any]) -> Shape:
     names = {key.strip().casefold(): key for key in row}
     asked = [key for key in _QUESTIONS if key in names]
     answered = [key for key in _ANSWERS if key in names]
-    if asked == ["instruction", "input"]:
-        asked = ["instruction"]
+    if "instruction" in asked and "input" in asked:
+        asked.remove("input")
     if not asked and "text" in names:
         asked = ["text"]
     if asked and not answered:
         answered = _find_label_column(row, names)
     if asked == ["text"] and not answered and isinstance(row.get("text"), str) and not keys.find_meaning(row):
+        _refuse_class(names)
         return TextShape(PLAIN, {"text": "text"})
     if not asked or not answered:
         raise ValueError(_no_shape(row))
@@ -141,18 +145,41 @@ def _find_label_column(row: Mapping[str, Any], names: Mapping[str, str]) -> list
 def _refuse_ambiguous(columns: list[str], part: str) -> None:
     if len(columns) > 1:
         named = ", ".join(f"'{column[:40]}'" for column in columns)
-        raise ValueError(f"{_START}: each of {named} may be the {part}. Keep one and remove the others.")
+        advice = f"Keep one and remove the others, or name the columns to use {_BY_HAND}"
+        raise ValueError(f"{_START}: each of {named} may be the {part}. {advice}")
+
+
+def _refuse_class(names: Mapping[str, str]) -> None:
+    if (key := next(filter(names.__contains__, _CLASSES), None)) is not None:
+        raise ValueError(
+            f"{_START}: '{names[key][:40]}' may be the class of 'text', or only describe it. Name 'text' as the prompt "
+            f"and '{names[key][:40]}' as the completion, or 'text' alone as the text, {_BY_HAND}"
+        )
 
 
 def _no_shape(row: Mapping[str, Any]) -> str:
     expected = f"{_START}, expected chat messages: the key 'messages' is missing"
-    if meaning := keys.find_meaning(row):
+    # A class that is no boolean judges no answer.
+    judged = {key: value for key, value in row.items() if key not in _LABELS or isinstance(value, bool)}
+    if meaning := keys.find_meaning(judged):
         return f"{expected}, and the row {meaning}"
+    if key := next((key for key, value in row.items() if _are_rows(value)), None):
+        return f"{expected}. '{key[:40]}' is a list of rows: send this list alone, as a JSON array."
     shown = ", ".join(f"'{key[:40]}'" for key in list(row)[:8])
     return (
         f"{expected}. The row has {shown or 'no keys'}; pairs such as prompt/completion, question/answer and "
-        "instruction/input/output are read too." + (f" {_BY_HAND}" if _may_be_named(row) else "")
+        "instruction/input/output are read too." + (f" Name other columns {_BY_HAND}" if _may_be_named(row) else "")
     )
+
+
+def _are_rows(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    try:
+        detect(value[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _may_be_named(row: Mapping[str, Any]) -> bool:
