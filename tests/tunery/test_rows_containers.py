@@ -44,6 +44,9 @@ FILES = {
     "CSV": table(ROWS),
     "CSV of Windows": b"\xef\xbb\xbf" + table(ROWS, ";", "\r\n"),
     "CSV with CR twice": table(ROWS, end="\r\r\n"),
+    "CSV below blank lines": b"\r\n\n" + table(ROWS),
+    "CSV below its separator": b"sep=;\r\n" + table(ROWS, ";"),
+    "CSV with blanks behind commas": b"prompt, completion\n" + table(ROWS).partition(b"\n")[2].replace(b'",', b'", '),
     "TSV": table(ROWS, "\t"),
     "Parquet": columns(ROWS),
     "arrays joined": json.dumps(ROWS[:2]).encode() + b"\n\xef\xbb\xbf" + json.dumps(ROWS[2:]).encode(),
@@ -71,6 +74,22 @@ def test_rows_equal_those_of_json_lines(name: str, packed: str) -> None:
     data = PACKED[packed](FILES[name])
     for size in (1, 7, 2**20):
         assert read(data, size) == list(enumerate(ROWS, 1))
+
+
+@pytest.mark.parametrize("column", ["text", "messages", "conversations", "conversation"])
+def test_a_single_column_may_be_a_whole_row(column: str) -> None:
+    for header in (column, f'"{column}"'):
+        assert read(f'{header}\n"a ""b"""\n'.encode()) == [(1, {column: 'a "b"'})]
+
+
+def test_lines_are_those_of_the_file_below_what_is_above_the_header() -> None:
+    data = b"\n\nsep=,\nprompt,completion\nq,a\n\nq,a\n"
+    assert [(row.number, row.line) for row in readers.read([data])] == [(1, 5), (2, 7)]
+
+
+def test_blanks_are_kept_where_the_header_has_none() -> None:
+    assert read(b"prompt,completion\nq, a\n") == [(1, {"prompt": "q", "completion": " a"})]
+    assert read(b"prompt, completion,id\nq, a,1\n") == [(1, {"prompt": "q", " completion": " a", "id": "1"})]
 
 
 TEXT = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"]), min_size=1)
@@ -105,7 +124,9 @@ MIB = 2**20
 DEEP = b"[" * 10_000 + b"]" * 10_000
 WIDE = columns([{f"c{n}": "x" for n in range(5000)}])
 BROKEN = {
-    "line of 50 MB in an array": (b'[{"a": "' + b"x" * 50 * MIB, "Row 1: is not JSON: Unterminated string"),
+    "line of 50 MB in an array": (b'[{}, {"a": "' + b"x" * 50 * MIB, "Row 2: is longer than 4 MiB"),
+    "list of 50 MB in an array": (b'[{}, {"a": [' + b"null, " * 9 * MIB, "Row 2: is longer than 4 MiB"),
+    "no comma before 50 MB": (b'[{}, {"a": 1 "b": "' + b"x" * 50 * MIB, "Row 2: is not JSON: Expecting ',' delimiter"),
     "value of 50 MB": (b'a,b\n"' + b"x" * 50 * MIB, "Row 1: is longer than 4 MiB"),
     "quote without end": (b'a,b\n1,2\n"' + b"x\n" * 10 * MIB, "20000 lines, which is the limit for one row."),
     "short quote without end": (b'a,b\n1,2\n"x,y\nz,w\n', "Row 2: a quoted value has no end. (line 3 of the file)"),

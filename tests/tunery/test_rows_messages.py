@@ -93,6 +93,15 @@ def part(**fields: Any) -> str:
             "Example 9 has the key 'label', which marks the answer as good or bad (KTO)",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "Example 9: Unexpected file format: this is a preference"),
+        (
+            json.dumps({"messages": "[{'role': 'user', 'content': 'q'}]"}),
+            "Example 9 'messages' must be a list, or a JSON list written as a string: it is a Python literal; write it "
+            "with json.dumps (column 3).",
+        ),
+        (
+            json.dumps({"conversations": "[{'from': 'human', 'value': 'q'}]"}),
+            "Example 9: 'conversations' must be a list, or a JSON list written as a string: it is a Python literal;",
+        ),
         ('{"conversations": []}', "Example 9 'messages' must not be empty."),
         (
             '{"messages": null}',

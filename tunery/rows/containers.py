@@ -35,8 +35,8 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _WIDE_TEXT = re.compile(rb"[\t-~\x00]*")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MARKUP = re.compile(rb"<(?:!doctype|\?xml|html|[a-z])", re.IGNORECASE)
-_PLAIN_TEXT = (b"text", b'"text"')
-"""Headers of a one-column table, which has no separator, that are read as plain text without `columns`."""
+_ALONE = frozenset({b"text", b"messages", b"conversations", b"conversation"})
+"""Headers of a one-column table, which has no separator, that are a whole row without `columns`."""
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _LIST_OF_MESSAGES = re.compile(rb'\[\s*\{\s*"(?:role|content)"\s*:')
 
@@ -55,7 +55,7 @@ def separator(first_line: bytes) -> str | None:
     head = first_line.lstrip()
     if recognise(first_line) not in (None, _NO_ROWS) or head.startswith((b"{", b"[")):
         return None
-    if head.strip() in _PLAIN_TEXT:
+    if head.strip().strip(b'"') in _ALONE:
         return ","
     if head.startswith(b'"') and _JSON_STRING.fullmatch(head.strip()):  # a bare value of JSON
         return None

@@ -12,6 +12,7 @@ from tunery.rows.jsonl import MAX_LINE_BYTES, read_line
 
 _BLANK = " \t\r\n\ufeff"
 _BLANKS = re.compile(f"[{_BLANK}]*")
+_LONGEST_WORD = len("-Infinity")
 _BOM = b"\xef\xbb\xbf"
 # This decoder only finds an element's end, so it converts no numbers: `read_line` checks them, as in JSON Lines.
 _ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
@@ -63,7 +64,11 @@ class JsonArrayParser:
             else:
                 self._step(sign)
         if len(self._text) - self._at > MAX_LINE_BYTES:
-            raise self._refuse(f"is longer than {MAX_LINE_BYTES // 2**20} MiB, which is the limit for one row.")
+            limit = f"{MAX_LINE_BYTES // 2**20} MiB"
+            reason = (
+                f"is longer than {limit}, which is the limit for one row. A closing quote or bracket may be missing."
+            )
+            raise self._refuse(reason, row=1)
         self._next_try = 2 * (len(self._text) - self._at)
         self._text, self._at = self._text[self._at :], 0
 
@@ -94,7 +99,7 @@ class JsonArrayParser:
         try:
             end = _ENDS.raw_decode(self._text, self._at)[1]
         except json.JSONDecodeError as error:
-            if not ended and len(self._text) - self._at <= MAX_LINE_BYTES:
+            if not ended and (len(self._text) - self._at <= MAX_LINE_BYTES or self._may_go_on(error)):
                 return None
             self._line += self._text.count("\n", self._at, error.pos)
             raise self._refuse(f"is not JSON: {error.msg}", row=1) from None
@@ -102,6 +107,10 @@ class JsonArrayParser:
             raise self._refuse("objects and lists are nested too deeply.", row=1) from None
         # A number may continue in the next chunk.
         return end if ended or self._text[end:].strip(_BLANK) or self._text[end - 1] in '}]"' else None
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether the element may be right so far."""
+        return error.pos >= len(self._text) - _LONGEST_WORD or error.msg.startswith("Unterminated string")
 
     def _take(self, end: int) -> SourceRow:
         self._number += 1

@@ -8,7 +8,6 @@ from tunery.rows.formats import Format, SourceRow
 
 MAX_LINE_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"
-_PYTHON_ONLY = ("'", "None", "True", "False")
 
 
 class JsonlParser:
@@ -93,7 +92,7 @@ def read_line(number: int, line: str) -> SourceRow:
 def _cause(line: str, error: strict_json.NotJSON) -> str | None:
     """Returns the usual cause of such invalid JSON, and what to do about it."""
     column = f"(column {error.position + 1})"
-    if line.startswith(_PYTHON_ONLY, error.position):
+    if error.is_python:
         return f"is a Python literal, not JSON {column}. Write each row with json.dumps(row)."
     if error.problem == "Extra data":
         return f"there is text after the JSON object {column}. Write one object per line, followed only by LF."

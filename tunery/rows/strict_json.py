@@ -5,15 +5,18 @@ from typing import Any
 
 MAX_DEPTH = 32
 _MOST_DIGITS = 1000
+_PYTHON_ONLY = ("'", "None", "True", "False")
 
 
 class NotJSON(ValueError):
     """Invalid JSON; `problem` is the parser's message, `position` the index of the character."""
 
     def __init__(self, error: json.JSONDecodeError) -> None:
-        super().__init__(f"{error.msg} (column {error.colno}).")
         self.problem = error.msg
         self.position = error.pos
+        self.is_python = error.doc.startswith(_PYTHON_ONLY, error.pos)
+        what = "it is a Python literal; write it with json.dumps" if self.is_python else error.msg
+        super().__init__(f"{what} (column {error.colno}).")
 
 
 def load_object(text: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reads CSV and TSV: the first line names the columns, each record is a row."""
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 
 from tunery.rows import containers
@@ -12,6 +13,8 @@ MOST_COLUMNS = 1000
 MOST_LINES = 20_000
 """Maximum lines of one record. It is parsed again each time its length has doubled."""
 _BOM = "\ufeff"
+_SEPARATOR_LINE = re.compile(r'"?sep=[,;\t]"?')
+"""What spreadsheets may write above the header."""
 
 csv.field_size_limit(MAX_LINE_BYTES)
 
@@ -24,11 +27,12 @@ class TableParser:
     """Reads records as they arrive; a quoted one may span several lines. An empty value counts as absent.
 
     Lines end with LF; CR before it is not part of a value. As in concatenated files, a byte order mark may begin any
-    line, and the header may be repeated.
+    line, and the header may be repeated. Where a blank follows each separator of the header, as in `a, b`, those of the
+    records are not part of a value either.
     """
 
     def __init__(self) -> None:
-        self._separator = ","
+        self._separator, self._is_spaced = ",", False
         self._columns: list[str] | None = None
         self._rest = bytearray()
         self._lines: list[str] = []
@@ -75,10 +79,15 @@ class TableParser:
         self._waiting += len(text) + 1
 
     def _records(self, *, ended: bool) -> Iterator[SourceRow]:
-        if self._columns is None and self._lines:
-            self._separator = containers.separator(self._lines[0].encode()) or ","
+        if self._columns is None:
+            self._begin()
         lines, done = self._lines, 0
-        reader = csv.reader(_until_end(lines, ended=ended), delimiter=self._separator, strict=True)
+        reader = csv.reader(
+            _until_end(lines, ended=ended),
+            delimiter=self._separator,
+            skipinitialspace=self._is_spaced,
+            strict=True,
+        )
         while done < len(lines):
             try:
                 record: list[str] | csv.Error = next(reader)
@@ -94,6 +103,15 @@ class TableParser:
         self._lines = lines[done:]
         self._waiting = sum(map(len, self._lines))
         self._next_try = 2 * self._waiting
+
+    def _begin(self) -> None:
+        """Skips what is above the header, and finds how it separates the columns."""
+        above = next((place for place, line in enumerate(self._lines) if not _is_above(line)), len(self._lines))
+        self._lines, self._line = self._lines[above:], self._line + above
+        if self._lines:
+            header = self._lines[0]
+            self._separator = containers.separator(header.encode()) or ","
+            self._is_spaced = all(name.startswith(" ") for name in header.split(self._separator)[1:])
 
     def _take(self, record: list[str] | csv.Error, line: int) -> Iterator[SourceRow]:
         if self._columns is None:
@@ -128,6 +146,10 @@ class TableParser:
         return CSV.refuse(max(row, 1), f"{reason} (line {line or self._line} of the file)")
 
 
+def _is_above(line: str) -> bool:
+    return not line.strip() or _SEPARATOR_LINE.fullmatch(line.strip("\n")) is not None
+
+
 def _until_end(lines: list[str], *, ended: bool) -> Iterator[str]:
     yield from lines
     if not ended:
@@ -154,7 +176,7 @@ def _row(number: int, columns: list[str], record: list[str] | csv.Error, line: i
 
 
 def _begins(head: bytes, separators: str) -> bool:
-    first_line = head.removeprefix(_BOM.encode()).split(b"\n", 1)[0]
+    first_line = head.removeprefix(_BOM.encode()).lstrip(b"\r\n").split(b"\n", 1)[0]
     sign = containers.separator(first_line)
     return sign is not None and sign in separators
 
