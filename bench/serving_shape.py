@@ -271,7 +271,7 @@ class ShopOnHost(Shop):
 
     def make(self, numbers: set[int]) -> None:
         """Makes these adapters, several at once."""
-        noise = _weights(self.sites)
+        noise = weights_of(self.sites)
         with ThreadPoolExecutor() as makers:
             made = makers.map(partial(self._make_one, noise), sorted(numbers))
             for number, adapter in zip(sorted(numbers), made, strict=True):
@@ -279,7 +279,7 @@ class ShopOnHost(Shop):
 
     def _make_one(self, noise: dict[str, torch.Tensor], number: int) -> dict[str, str]:
         folder = self.root / f"adapter{number}"
-        _save({key: value * (1 + number / 1000) for key, value in noise.items()}, folder, self.rank)
+        save_adapter({key: value * (1 + number / 1000) for key, value in noise.items()}, folder, self.rank)
         for name in TEMPLATE:
             if (self.base / name).exists():
                 shutil.copy(self.base / name, folder)
@@ -346,7 +346,7 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
     """
     with tempfile.TemporaryDirectory() as root:
         folder, storage = Path(root) / "adapter", Directory(Path(root) / "objects")
-        _save(_weights(sites), folder, rank)
+        save_adapter(weights_of(sites), folder, rank)
         _, sha256 = manifest.publish(storage, "models/one", folder)
 
         def add(there: Path) -> float:
@@ -380,7 +380,7 @@ def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str,
         }
 
 
-def _weights(sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+def weights_of(sites: Sequence[Site]) -> dict[str, torch.Tensor]:
     """Returns random A and B by the names that PEFT gives them."""
     weights = {}
     for site in sites:
@@ -389,10 +389,13 @@ def _weights(sites: Sequence[Site]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _save(weights: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
+def save_adapter(weights: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
+    """Writes an adapter into a new folder."""
     folder.mkdir()
     save_file(weights, folder / folders.WEIGHTS, {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+    targets = sorted({key.split(".")[-3] for key in weights})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def sites_of(model: nn.Module, rank: int) -> tuple[Site, ...]:
