@@ -32,7 +32,7 @@ def test_an_uploaded_file_s_report(tunery: Run, api: str, database: Database, tm
     page = tmp_path / "page.html"
     status, out, err = tunery("files", "report", file_id, "--html", page)
     worker.join()
-    assert (status, f"{file_id} has 12 rows: " in out, "findings in 12 of them." in out) == (0, True, True), err
+    assert (status, f"{file_id} has 12 rows: " in out, "1 finding in 12 of them." in out) == (0, True, True), err
     assert "Exact duplicates" in page.read_text()
     status, out, _ = tunery("files", "report", file_id, "--json")
     assert (status, json.loads(out)["counts"]["exact_duplicate"]) == (0, 1)

@@ -276,6 +276,36 @@ def test_rows_are_read_as_jobs_read_them(tmp_path: Path) -> None:
     assert read(file)[0].turns == (Turn("user", "a"), Turn("assistant", "add({})", True))
 
 
+def plain(n: int) -> dict[str, Any]:
+    letters = random.Random(n)
+    return {"text": " ".join("".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(20))}
+
+
+def test_plain_texts_have_no_roles_and_are_compared_as_a_whole(tmp_path: Path) -> None:
+    texts = [plain(n) for n in range(12)]
+    near, leaked = {"text": texts[3]["text"] + " again"}, {"text": texts[5]["text"].upper()}
+    mail = {"text": "Write to anna@example.org."}
+    file = written(tmp_path / "f.jsonl", [*texts, texts[1], near, mail, {"text": " "}])
+    report = maker.make(file, written(tmp_path / "v.jsonl", [plain(99), leaked]))
+
+    assert [(one.kind, one.lines) for one in report.findings] == [
+        ("empty_output", [16]),
+        ("pii", [15]),
+        ("exact_duplicate", [2, 13]),
+        ("near_duplicate", [4, 14]),
+        ("test_leak", [6]),
+    ]
+    assert "The text is empty" in report.findings[0].why
+    assert [one.why for one in report.findings[3:]] == [
+        "Texts are nearly the same.",
+        "Has the text of line 2 of the other file.",
+    ]
+    kept = [row for row in read(file) if row.line not in (16, 13, 14, 6)]
+    assert report.usable["rows"] == len(kept) == 12
+    assert report.usable["answer_bytes"] == sum(len(row.turns[0].text.encode()) for row in kept)
+    assert report.figures["diversity"]["prompts"] == 13
+
+
 def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
     rows = [chat("How do I pay?", "Here."), chat("how do I  pay?", "here."), chat("Mail x@example.org", "Yes.")]
     file = str(written(tmp_path / "f.jsonl", rows))
@@ -287,9 +317,22 @@ def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
         ("exact_duplicate", [1, 2], 1.0),
     ]
     shown = CliRunner().invoke(app, ["files", "report", file]).stdout
-    assert "f.jsonl has 3 rows" in shown
+    assert "f.jsonl has 3 rows: 2 findings in 3 of them.\nJSONL; chat messages rows\n" in shown
     assert "Exact duplicates" in shown
     assert "x@example.org" not in shown
+
+
+def test_a_report_says_what_a_table_is_and_how_its_lines_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "f.csv"
+    file.write_text('Question,Answer\n"How do I\npay?",Here.\nWhere?,\n')
+    said = maker.make(file).as_dict()
+    described = "CSV; question/answer rows: 'Question' as the user's message, 'Answer' as the answer"
+    assert said["shape"] is None, "the last row is invalid"
+    assert page.describe({**said, "shape": described[5:]}) == f"{described}; lines are counted by rows"
+    [invalid] = said["findings"]
+    assert (invalid["kind"], invalid["lines"]) == ("invalid_row", [2])
+    assert invalid["why"].startswith("Invalid file format. Example 2 (line 4): ")
+    assert "CSV; lines are counted by rows" in page.render("f.csv", said)
 
 
 def test_pairs_are_reported_on_with_their_preferred_answers(tmp_path: Path) -> None:

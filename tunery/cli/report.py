@@ -12,6 +12,7 @@ from rich.text import Text
 from tunery import ids
 from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
+from tunery.datasets.report import page
 from tunery.datasets.report.page import mixes, places
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
@@ -67,8 +68,10 @@ _LINES = 8
 def print_report(said: Mapping[str, Any], name: str) -> None:
     """Prints the whole report."""
     findings, rows = said["findings"], said["rows_named"]
-    what = f": {len(findings):,} findings in {rows:,} of them" if rows else ", no findings"
+    count = f"{len(findings):,} finding{'s' if len(findings) > 1 else ''}"
+    what = f": {count} in {rows:,} of them" if rows else ", no findings"
     output.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)
+    output.console.print(Text(page.describe(said), style="dim"), soft_wrap=True)
     if said["reason"]:
         output.console.print(Text(f"It cannot be used for training: {said['reason']}", style="red"), soft_wrap=True)
     for line in _figures(said["figures"]):

@@ -14,7 +14,7 @@ from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
 from tunery.storage import Storage
 
-VERSION = 4
+VERSION = 5
 """Version of the reports' content. An older report is made again when it is requested."""
 QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3

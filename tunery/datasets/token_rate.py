@@ -41,6 +41,5 @@ def _measure(chunks: Iterable[bytes], template: ChatTemplate) -> float | None:
         except InvalidTrainingFile:  # the report names it
             continue
         tokens += encoded.trained_tokens
-        answers = (turn.text for turn in row.turns if turn.role == "assistant")
-        size += sum(len(answer.encode("utf-8", "surrogatepass")) for answer in answers)
+        size += row.learned_bytes
     return tokens / size if tokens and size else None

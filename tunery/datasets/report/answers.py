@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.rows import PLAIN
 
 _INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff\u00ad]*")
 _DOMINANT = 0.2
@@ -15,11 +16,12 @@ _LEAST = 20
 
 
 def find_empty(case: Case) -> Iterator[Finding]:
-    """Finds rows with an empty assistant message."""
+    """Finds rows with an empty assistant message, and empty plain texts."""
     for row in case.rows:
-        answers = [turn for turn in row.turns if turn.role == "assistant" and not turn.calls]
-        if any(_INVISIBLE.fullmatch(turn.text) for turn in answers):
-            why = "An assistant message is empty: the model would learn to answer nothing."
+        learned = [turn for turn in row.turns if turn.role in ("assistant", PLAIN) and not turn.calls]
+        if any(_INVISIBLE.fullmatch(turn.text) for turn in learned):
+            what = "The text" if row.is_plain else "An assistant message"
+            why = f"{what} is empty: the model would learn to write nothing."
             yield Finding("empty_output", [row.line], 1.0, why, "Write the answer, or drop the row.")
 
 

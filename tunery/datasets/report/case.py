@@ -68,6 +68,11 @@ class Case:
         return [row for row in self.rows if row.question.strip() and row.answer.strip()]
 
     @cached_property
+    def compared(self) -> list[Row]:
+        """The rows that are compared with others by their questions, which plain texts are as a whole."""
+        return [row for row in self.rows if row.question.strip() and (row.answer.strip() or row.is_plain)]
+
+    @cached_property
     def tasks(self) -> list[Task]:
         """The classification tasks in the rows."""
         return labels.find(self.answered)
@@ -75,7 +80,7 @@ class Case:
     @cached_property
     def pairs(self) -> list[Pair]:
         """Pairs of rows with equal or similar questions, one from the file, the other from either file."""
-        return neighbours.find(self.answered, [row for row in self.against if row.question.strip()])
+        return neighbours.find(self.compared, [row for row in self.against if row.question.strip()])
 
 
 Counter = Callable[[str], int]

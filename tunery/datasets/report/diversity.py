@@ -15,7 +15,7 @@ _ACTION = "Keep fewer of them, or add rows that ask something else."
 
 def clusters(case: Case) -> dict[int, int]:
     """Returns each line's cluster of rows linked by a chain of similar questions, named by its first line."""
-    parents = {row.line: row.line for row in case.answered}
+    parents = {row.line: row.line for row in case.compared}
 
     def root(line: int) -> int:
         while parents[line] != line:

@@ -15,20 +15,20 @@ def find_exact(case: Case) -> Iterator[Finding]:
     for rows in by_key((row for row in case.rows if row.turns), whole).values():
         if len(rows) > 1:
             lines = [row.line for row in rows]
-            yield Finding("exact_duplicate", lines, 1.0, "The rows are the same.", f"Keep only line {lines[0]}.")
+            yield Finding("exact_duplicate", lines, 1.0, "The rows are the same.", "Keep only the first of them.")
 
 
 def find_near(case: Case) -> Iterator[Finding]:
     """Finds rows whose questions and answers are similar."""
     exact = case.lines_found("exact_duplicate")
     pairs = [pair for pair in case.pairs if not (pair.leaked or _are_equal(pair, exact))]
-    answered = {row.line: row.answer for pair in pairs for row in (pair.first, pair.second)}
+    answered = {row.line: row.answer or row.question for pair in pairs for row in (pair.first, pair.second)}
     words = {line: texts.words(answer) for line, answer in answered.items()}
     answers = shingles.similarities([(words[pair.first.line], words[pair.second.line]) for pair in pairs])
     for pair, similarity in zip(pairs, answers, strict=True):
         if similarity >= NEAR_ANSWER and _may_be_near(pair):
             lines = sorted((pair.first.line, pair.second.line))
-            why = "Questions and answers are nearly the same."
+            why = f"{'Texts' if pair.first.is_plain else 'Questions and answers'} are nearly the same."
             yield Finding("near_duplicate", lines, min(pair.similarity, similarity), why, "Keep one of them.")
 
 

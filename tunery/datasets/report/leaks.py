@@ -22,7 +22,10 @@ def find(case: Case) -> Iterator[Finding]:
 
 
 def _why(pair: Pair) -> str:
-    asked = "the question" if pair.similarity == 1 else "nearly the question"
+    what = "text" if pair.first.is_plain else "question"
+    asked = f"the {what}" if pair.similarity == 1 else f"nearly the {what}"
+    if pair.first.is_plain:
+        return f"Has {asked} of line {pair.second.line} of the other file."
     answered = texts.squash(pair.first.answer) == texts.squash(pair.second.answer)
     return (
         f"Has {asked} of line {pair.second.line} of the other file, with "

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from tunery.datasets.report.titles import TITLES
+from tunery.rows.jsonl import JSONL
 
 _SHOWN = 20
 """Findings of a kind that are shown in full."""
@@ -47,9 +48,18 @@ def render(name: str, said: Mapping[str, Any], *, state: Mapping[str, Any] | Non
         sections=sections,
         diversity=figures.get("diversity"),
         languages=mixes(figures),
+        described=describe(said) if said else "",
         tokens=figures.get("tokens"),
         answers=figures.get("answers"),
     )
+
+
+def describe(said: Mapping[str, Any]) -> str:
+    """Returns a file's format, what its columns become, and what its line numbers are."""
+    parts = [said["format"], said["shape"]] if said["shape"] else [said["format"]]
+    if not said["format"].startswith(JSONL.name):
+        parts.append("lines are counted by rows")
+    return "; ".join(parts)
 
 
 def _sections(findings: Sequence[Mapping[str, Any]]) -> Iterator[Section]:

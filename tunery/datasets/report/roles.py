@@ -16,7 +16,7 @@ _ACTION = "Correct the roles or the order of the messages."
 def find(case: Case) -> Iterator[Finding]:
     """Finds rows with an unknown role, without a final answer, or with turns that do not alternate."""
     for row in case.rows:
-        if row.turns and (why := describe(row.turns)):
+        if row.turns and not row.is_plain and (why := describe(row.turns)):
             yield Finding("wrong_roles", [row.line], 1.0, why, _ACTION)
 
 

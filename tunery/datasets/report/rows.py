@@ -11,11 +11,13 @@ from tunery.datasets.report.verdict import ANY_METHOD
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
 from tunery.rows.formats import SourceRow
-from tunery.rows.messages import Example, Message
+from tunery.rows.messages import Example, Message, PlainText
 from tunery.rows.shapes import FileShape
 
 _CHUNK = 2**20
 _SYSTEM = frozenset({"system", "developer"})
+PLAIN = "text"
+"""The role of a plain text, which is no one's turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,17 @@ class Row:
         put(self, "answer", self.turns[last].text if last < len(self.turns) else "")
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the row is a plain text, which is all its question and has no answer."""
+        return [turn.role for turn in self.turns] == [PLAIN]
+
+    @property
+    def learned_bytes(self) -> int:
+        """UTF-8 bytes of what a model learns of the row: its answers, or the plain text."""
+        learned = (turn.text for turn in self.turns if turn.role in ("assistant", PLAIN))
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in learned)
+
+    @property
     def size(self) -> int:
         """Characters of all turns."""
         return sum(len(turn.text) for turn in self.turns)
@@ -78,11 +91,13 @@ def of_source(source: SourceRow) -> Row:
     try:
         return of_example(source.number, ANY_METHOD.parse(source, "training"))
     except InvalidTrainingFile as error:
-        return Row(source.number, tuple(_turns(source.fields)), error.message)
+        return Row(source.number, tuple(_turns(source.fields)), str(error.fields["reason"]))
 
 
 def of_example(line: int, example: Example) -> Row:
     """Returns the row of an example that a job would take."""
+    if isinstance(example, PlainText):
+        return Row(line, (Turn(PLAIN, example.messages[0].content or ""),))
     return Row(line, tuple(map(_turn, example.messages)))
 
 

@@ -40,12 +40,11 @@ def left_out(findings: Sequence[Finding]) -> dict[int, str]:
 
 
 def count(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]:
-    """Returns how many rows count, how many of each kind do not, and the bytes of the answers in those that do."""
+    """Returns how many rows count, how many of each kind do not, and the bytes that a model learns of those that do."""
     out = left_out(findings)
     kept = [row for row in rows if row.line not in out]
-    answers = (turn.text for row in kept for turn in row.turns if turn.role == "assistant")
     return {
         "rows": len(kept),
         "left_out": dict(Counter(out.values()).most_common()),
-        "answer_bytes": sum(len(answer.encode("utf-8", "surrogatepass")) for answer in answers),
+        "answer_bytes": sum(row.learned_bytes for row in kept),
     }
