@@ -34,8 +34,8 @@ from worker.server.streams import Alone
 from worker.trainer.rope import LengthRope
 
 MIXED, RESIDENT, MANY = 16, 64, 256
-REQUESTS = 96
-"""Requests of the traffic over MANY adapters."""
+REQUESTS = 384
+"""Requests of the traffic over MANY adapters: so many that those that are asked for are twice as many as RESIDENT."""
 TURNS = 5
 QUESTION = "Explain to a new colleague which papers a customer has to bring when a lost card is replaced."
 
