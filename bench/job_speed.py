@@ -94,9 +94,9 @@ class DeviceMemory:
 
 
 def await_imports(process: psutil.Process) -> None:
-    """Returns when the process has been idle for a second."""
+    """Returns when the process and its children have been idle for a second."""
     before = None
-    while (now := process.cpu_times()) != before:
+    while (now := [each.cpu_times() for each in (process, *process.children(recursive=True))]) != before:
         before = now
         time.sleep(1)
 

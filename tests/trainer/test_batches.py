@@ -1,5 +1,6 @@
 """Tests the batches of a run and the sums of their losses: order, micro-batches, packing, accumulation."""
 
+import random
 from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Full
-from worker.trainer import data, packing, rope, validation
+from worker.trainer import cuda_graphs, data, packing, rope, validation
 from worker.trainer.data import IGNORED, Row, collate, micro_batches, singles
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stepper import Stepper
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
 
@@ -152,6 +154,45 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
 
     assert all(len(sides) == 1 for sides in seen)
     assert len(seen) == 4
+
+
+def test_recorded_steps_of_uneven_rows_have_few_shapes() -> None:
+    numbers = random.Random(4)
+    shapes = set()
+    for _ in range(200):
+        rows = [Row([5] * n, [IGNORED] * (n // 3) + [5] * (n - n // 3)) for n in numbers.choices(range(60, 700), k=8)]
+        batch = collate(singles(rows), [[*range(8)]], CPU, cuda_graphs.PAD_TO, borders=True)
+        assert batch.borders is not None
+        assert batch.input_ids.shape[1] <= batch.tokens + 255
+        shapes.add(cuda_graphs._shape(batch))
+
+    assert len(shapes) <= cuda_graphs.MOST_GRAPHS // 2
+
+
+def test_next_step_is_built_once_unless_the_memory_plan_changes(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = training(tmp_path / "run", tiny, [chat(i, words=2 + i % 7) for i in range(8)], batch_size=4)
+    built: list[int] = []
+    usual = Stepper._collate
+
+    def noting(stepper: Stepper, part: Any) -> data.Batch:
+        built.append(len(part))
+        return usual(stepper, part)
+
+    monkeypatch.setattr(Stepper, "_collate", noting)
+    first, second = [0, 1, 2, 3], [4, 5, 6, 7]
+
+    t.stepper.prepare(second)
+    t.stepper.accumulate(first, 1.0)
+    assert built == [4, 4], "another step was taken for it"
+    t.stepper.prepare(first)
+    t.stepper.accumulate(first, 1.0)
+    assert built == [4, 4, 4]
+    t.stepper.adopt(replace(t.stepper.memory, max_tokens=60))
+    t.stepper.accumulate(first, 1.0)
+    assert sum(built[3:]) == 4
+    assert len(built) > 4
 
 
 def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

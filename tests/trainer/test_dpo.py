@@ -84,7 +84,7 @@ def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, method: Dpo
         gradients = torch.autograd.grad(wanted, list(t.parameters.values()), allow_unused=True)
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
 
-        message, _ = _take_step(t, progress)
+        message, *_ = _take_step(t, progress)
 
         assert message.train_loss == pytest.approx(wanted.item(), rel=2e-5)
         assert message.grad_norm == pytest.approx(norm.item(), rel=1e-3)
@@ -99,7 +99,7 @@ def test_first_step_knows_no_preference(tmp_path: Path, tiny: Path, method: Dpo)
     """Model and reference are still equal, so the loss of any rows is log 2, or (1 / 2 beta)^2 for IPO."""
     t = training(tmp_path / "run", tiny, method)
 
-    message, _ = _take_step(t, Progress())
+    message, *_ = _take_step(t, Progress())
 
     assert message.train_loss == pytest.approx(1.0 if method.loss == "ipo" else math.log(2), rel=1e-6)
     assert message.train_metrics == pytest.approx(dict.fromkeys(message.train_metrics, 0.0), abs=1e-6)

@@ -137,3 +137,28 @@ def test_rank_that_is_still_starting_ends_with_the_first(tmp_path: Path, tiny: P
 def _faults(named: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "tests" / "fixtures"), os.environ.get("PYTHONPATH", "")])
     return {"TUNERY_PLUGINS": "rank_faults", "RANK_FAULTS": named, "PYTHONPATH": path}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [2, 1])
+def test_ranks_that_wait_take_the_run_or_end(tmp_path: Path, tiny: Path, gpus: Literal[1, 2]) -> None:
+    """A process that waits for a run on two devices has a second rank that waits too."""
+    settled = plan(n_epochs=1, resources=Resources(gpus=gpus))
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
+
+    with spawned(folder, waits=True, CUDA_VISIBLE_DEVICES="0,1") as process:
+        while not (waiting := other_ranks(process.pid)):
+            time.sleep(0.05)
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pipe.write(os.fsencode(folder) + b"\n")
+        said, ranks = [], []
+        for message in heard(process):
+            said.append(message)
+            ranks.append(other_ranks(process.pid))
+
+    assert said[-1].type == "finished"
+    assert process.returncode == 0
+    assert len(waiting) == 1
+    assert ranks[0] == (waiting if gpus == 2 else [])
+    assert left_of(process.pid, LIMIT) == []

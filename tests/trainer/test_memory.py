@@ -15,7 +15,7 @@ from tunery.planning import activations, expected
 from tunery.planning import memory as planning
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import layout, preflight, validation
+from worker.trainer import layout, preflight, reading, validation
 from worker.trainer.data import Example, Row
 from worker.trainer.kernels import decoder
 from worker.trainer.loop import _take_step, train
@@ -83,9 +83,9 @@ def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
 def test_next_plans_end_at_one_row_with_activations_made_again() -> None:
     several, packed, single = [[[0], [1]]], [[[0, 1]]], [[[0]], [[1]]]
 
-    first = next_after(MemoryPlan(100, 80, graphs=True), several, 2)
-    assert first == MemoryPlan(50, 50)
-    assert next_after(first, packed, 2) == MemoryPlan(25, 25)
+    assert next_after(MemoryPlan(100, 80, graphs=True), several, 2) == MemoryPlan(100, 80)
+    assert next_after(MemoryPlan(100, 80), several, 2) == MemoryPlan(50, 50)
+    assert next_after(MemoryPlan(50, 50), packed, 2) == MemoryPlan(25, 25)
     assert next_after(MemoryPlan(25, 25), single, 2) == MemoryPlan(25, 25, recompute=2)
     assert next_after(MemoryPlan(25, 25, recompute=1), single, 2) == MemoryPlan(25, 25, recompute=2)
     assert next_after(MemoryPlan(25, 25, recompute=2), single, 2) == MemoryPlan(25, 25, recompute=2, offload=True)
@@ -211,10 +211,20 @@ def test_optimizers_state_is_made_before_the_first_step_and_counts_none(
     assert all(torch.equal(before[name], parameter) for name, parameter in t.parameters.items())
 
 
+def test_each_rank_plans_for_its_share_of_a_step(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny)
+
+    one, three = (reading.work(t.run, t.rows, t.valid, packs=False, ranks=ranks) for ranks in (1, 3))
+
+    assert (one.rows_a_step, three.rows_a_step) == (8, 3)
+    assert (one.mean_step, three.mean_step) == (t.rows.tokens, round(t.rows.tokens / 3))
+    assert one.row == three.row == max(t.rows.lengths)
+
+
 def test_state_that_does_not_fit_is_told_before_the_first_step(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny)
     t.optimizer.step = failing(t.optimizer.step, [1])
-    work = preflight.Work(technique=t.plan.technique, rows_a_step=8, row=60, sequence=60, packs=False)
+    work = preflight.Work(technique=t.plan.technique, rows_a_step=8, mean_step=480, row=60, sequence=60, packs=False)
 
     with pytest.raises(DoesNotFit, match="The optimizer's state needs"):
         preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, work)
@@ -283,7 +293,9 @@ def test_plan_is_what_fits(
     gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
     gpu = FakeGPU(monkeypatch, free + gradients)
     row = Example((Row([5] * validation, [5] * validation),)) if validation else None
-    work = preflight.Work(Lora(), rows_a_step=4, row=sequence, sequence=sequence, packs=False, validation=row)
+    work = preflight.Work(
+        Lora(), rows_a_step=4, mean_step=4 * sequence, row=sequence, sequence=sequence, packs=False, validation=row
+    )
 
     def measured() -> MemoryPlan:
         return preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
@@ -307,7 +319,7 @@ def test_a_full_fine_tune_takes_a_whole_step_whose_gradients_are_made_meanwhile(
     gradients = sum(p.numel() * p.element_size() for p in t.parameters.values())
     gpu = FakeGPU(monkeypatch, 12_000 + gradients)
     gpu.keeps = gradients // 4000  # fits only in the memory of gradients that are not there yet
-    work = preflight.Work(Full(), rows_a_step=rows, row=1000, sequence=1000, packs=False)
+    work = preflight.Work(Full(), rows_a_step=rows, mean_step=rows * 1000, row=1000, sequence=1000, packs=False)
 
     found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 
@@ -321,7 +333,7 @@ def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
     t = training(tmp_path / "run", tiny)
     gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
     FakeGPU(monkeypatch, 15_000 + gradients)
-    work = preflight.Work(Lora(), rows_a_step=4, row=500, sequence=2000, packs=True)
+    work = preflight.Work(Lora(), rows_a_step=4, mean_step=2000, row=500, sequence=2000, packs=True)
 
     found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 

@@ -114,7 +114,7 @@ def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, max_tokens:
     t.stepper.memory = MemoryPlan(max_tokens, packed_tokens=packed)
     progress = Progress()
     for step, pairs in ((1, 4), (2, 4), (3, 2)):  # the last step is short
-        message, _ = _take_step(t, progress)
+        message, *_ = _take_step(t, progress)
 
         drawn = [t.rows.examples[i] for i in data.rows_of_step(10, step, 4, t.plan.seed)]
         wanted = plain_loss(t, drawn)

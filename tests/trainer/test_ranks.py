@@ -14,8 +14,9 @@ from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
 from tunery.spec import Dpo, Evaluation, Export, General, Lora, Plan, Replay, Resources
+from worker.trainer import layout
 from worker.trainer.report import MessageWriter
-from worker.trainer.run import carry_out
+from worker.trainer.run import carry_out, prepare
 from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of different lengths; rank 1 has none in an epoch's last step
@@ -108,6 +109,22 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
                         for folder in (alone, runs.folder / "plain"))  # fmt: skip
         assert ours["base_accuracy"] == theirs["base_accuracy"]
         assert ours["forgetting"] == pytest.approx(theirs["forgetting"], rel=1e-3)
+
+
+def test_new_weights_depend_on_the_seed_alone(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several GPUs first decide whether the model is sharded, which draws random numbers; one has nothing to decide."""
+
+    def drawing(*_: Any) -> bool:
+        torch.rand(3)
+        return False
+
+    found = []
+    for name, decide in (("one", layout.is_cut), ("several", drawing)):
+        monkeypatch.setattr(layout, "is_cut", decide)
+        folder = lay_out(tmp_path / name, tiny, plan(), ROWS)
+        found.append(prepare(folder, MessageWriter(None), StopSignal()).parameters)
+
+    assert all(torch.equal(found[1][name], parameter) for name, parameter in found[0].items())
 
 
 def test_two_ranks_replay_what_one_does(runs: Runs, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ their own and would survive it), and on Linux they end with rank 0.
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,6 +21,8 @@ from tunery import processes
 from tunery.trainer_protocol import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.report import MessageWriter
 
+AS_RANK = "--wait-as-rank"
+"""The argument with which a process waits to become one of the other ranks."""
 GRACE = 5.0
 """Seconds from the end of one rank to that of the run: ranks that end for the same reason do so within it, unaided."""
 _ECHO = 2.0
@@ -26,33 +30,56 @@ _ECHO = 2.0
 
 
 class Children:
-    """Ranks 1 to n-1. If one ends while rank 0 is running, the run ends, as it would wait for that rank forever."""
+    """Ranks 1 to n-1. If one ends while rank 0 is running, the run ends, as it would wait for that rank forever.
 
-    def __init__(self, writer: MessageWriter) -> None:
-        self._writer = writer
+    They are started before rank 0 imports what a run needs, which takes seconds, so that all import it at once.
+    """
+
+    def __init__(self, writer: MessageWriter, *, log_in_folder: bool = False) -> None:
+        """`log_in_folder`: the ranks write their log to the run's directory, and not where this process writes now."""
+        self.writer, self._log_in_folder = writer, log_in_folder
+        self._waiting: list[subprocess.Popen[bytes]] = []
         self._count = 0
         self._failed: Failed | None = None
         self._one_failed = threading.Event()
         self._said = threading.Lock()
 
+    def make_ready(self, world: int) -> None:
+        """Starts the ranks of a run on `world` devices, which import what it needs and wait for its directory."""
+        for _ in range(1, world):
+            child = subprocess.Popen(
+                [sys.executable, "-m", "worker.trainer", AS_RANK],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # Why not set by the rank itself: rank 0 may end while the rank still imports.
+                preexec_fn=processes.dies_with_parent(signal.SIGKILL),
+            )
+            self._waiting.append(child)
+
     def start(self, folder: Path, world: int) -> None:
-        """Starts the ranks and makes this process rank 0 of `world`."""
+        """Gives the ranks their run and makes this process rank 0 of `world`."""
+        if len(self._waiting) != world - 1:
+            self._end_waiting()
+            self.make_ready(world)
         if world == 1:
             return
         self._count = world - 1
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
         os.environ.update(shared, RANK="0", LOCAL_RANK="0")
-        for rank in range(1, world):
-            environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, "-m", "worker.trainer", str(folder)]
-            child = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                # Why not set by the rank itself: rank 0 may end while the rank still imports.
-                preexec_fn=processes.dies_with_parent(signal.SIGKILL),
-            )
+        for rank, child in enumerate(self._waiting, 1):
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # its end is noticed by `_watch`
+                given = {"run_dir": str(folder), "environment": environment, "log_in_folder": self._log_in_folder}
+                pipe.write(json.dumps(given).encode() + b"\n")
             threading.Thread(target=self._watch, args=(child, rank), daemon=True).start()
+        self._waiting = []
+
+    def _end_waiting(self) -> None:
+        for child in self._waiting:
+            child.kill()
+            child.wait()
+        self._waiting = []
 
     def say_failed(self, own: Failed) -> Failed:
         """Reports once why the run failed, and returns it: a child's reason if rank 0's error only follows from its
@@ -63,7 +90,7 @@ class Children:
         failed = self._failed if self._failed is not None and own.kind == "crashed" else own
         if self._said.acquire(blocking=False):
             with contextlib.suppress(BrokenPipeError):
-                self._writer.write(failed)
+                self.writer.write(failed)
         return failed
 
     def _watch(self, child: subprocess.Popen[bytes], rank: int) -> None:
@@ -83,6 +110,18 @@ class Children:
     def _note(self, failed: Failed) -> None:
         self._failed = self._failed or failed
         self._one_failed.set()
+
+
+def devices_of(environment: Mapping[str, str]) -> int:
+    """Returns how many GPUs a process with this environment sees, as the supervisor names them; at least 1."""
+    return max(1, len([each for each in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]))
+
+
+def devices_asked(folder: Path) -> int:
+    """Returns how many devices a run asks for; 1 if its spec cannot be read, of which the run itself complains."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return int(json.loads((folder / "spec.json").read_bytes())["plan"]["resources"]["gpus"])
+    return 1
 
 
 def exit_code(failed: Failed) -> int:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 PAD_TO = (32, 128)
 """Sequence lengths are padded to a multiple of 32, counts of labels to a multiple of 128."""
 MOST_GRAPHS = 48
+OVERLAPPED = 2**28
+"""Bytes of gradients above which several ranks gain more by sending them during a pass than by recording it."""
 SCALE = 2.0**-11
 """Scale of losses inside a graph, as the sum of a step's weights is not known when the graph is captured. A power of
 two, so that undoing it is exact.
@@ -48,8 +50,11 @@ class CudaGraphs:
     def run(self, batch: Batch) -> Tensor:
         """Returns the method's sums over a batch, "loss" scaled by SCALE, and accumulates the gradient, scaled too.
 
-        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured.
+        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured. So does every
+        batch that is too large to gain from it.
         """
+        if batch.input_ids.numel() > RECORDED_TOKENS:
+            return forward_backward(self._objective, batch, SCALE)
         key = _shape(batch)
         if key not in self._recorded and key in self._seen and not self.failed and len(self._recorded) < MOST_GRAPHS:
             self._record(key, batch)
@@ -90,13 +95,14 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 
-def worthwhile(objective: Objective, tokens: int) -> bool:
-    """Whether a micro-batch of this many tokens is so small that the host, not the GPU, limits its speed."""
-    return reason_against(objective, tokens) is None
+def worthwhile(objective: Objective, tokens: int, ranks: int = 1) -> bool:
+    """Whether a rank's mean step has so few tokens that the host, not the GPU, limits its speed."""
+    return reason_against(objective, tokens, ranks) is None
 
 
-def reason_against(objective: Objective, tokens: int) -> str | None:
-    """Returns why micro-batches of this many tokens are not recorded; None if they are."""
+def reason_against(objective: Objective, tokens: int, ranks: int = 1) -> str | None:
+    """Returns why a rank's steps of this many tokens are not recorded; None if they are."""
+    trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
     config = objective.causal.config.get_text_config()
     reasons = {
         "the method's passes differ from batch to batch": not objective.method.recordable,
@@ -105,6 +111,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
         "its weights are cut over the ranks": objective.is_sharded,
         f"more than {RECORDED_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > RECORDED_PARAMS,
         f"more than {RECORDED_TOKENS:,} tokens at once": tokens > RECORDED_TOKENS,
+        "gradients are sent to the other GPUs while others are computed": ranks > 1 and trained > OVERLAPPED,
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding would change the lengths
         "activations are computed again": objective.recomputes,
         "the experts' work depends on the batch": experts.are_in(config),  # the host reads each batch's routing

@@ -43,10 +43,14 @@ class Loaded:
 
 
 def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Ranks) -> Loaded:
-    """Loads the run's model with equal weights on all ranks, and verifies its chunked loss on a short row."""
+    """Loads the run's model with equal weights on all ranks, and verifies its chunked loss on a short row.
+
+    New weights depend on the seed alone, however many ranks there are.
+    """
     recipe, technique = RECIPES[run.plan.technique.type], run.plan.technique
     precision = decide(technique, ranks.device.type, run.plan.optimizer)
     sharded = layout.is_cut(run.plan, folder / "base", template, ranks)
+    torch.manual_seed(run.plan.seed)  # after that decision, which draws numbers on several GPUs only
     base = recipe.load_base(folder / "base", precision, sharding.loads_on(ranks) if sharded else ranks.device)
     lengths = rope.install(base)
     adapter = folder / "adapter"

@@ -7,10 +7,11 @@ stop.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunery.spec import EarlyStopping, Plan
 from tunery.trainer_protocol import CheckpointSaved, Evaluated, Step
@@ -32,7 +33,9 @@ def train(t: Training, progress: Progress) -> bool:
     before, first = _sample(t.parameters.values()), progress.step
     while progress.step < t.total_steps and not progress.stopped_early:
         began, tokens = time.monotonic(), progress.tokens
-        message, asked = _take_step(t, progress)
+        # Clocks differ, and a rank that saved alone would wait for the others in the middle of their next step: the
+        # ranks agree in the step, as a question of its own would wait for the GPU.
+        message, asked, due = _take_step(t, progress, due=began - saved_at > t.run.snapshot_seconds)
         seconds = time.monotonic() - began
         progress.seconds += seconds
         quick = _quick_validation(t, progress.step)
@@ -51,8 +54,7 @@ def train(t: Training, progress: Progress) -> bool:
         if asked:
             _save_snapshot(t, progress)
             return False
-        # Clocks differ, and a rank that saved alone would wait for the others in the middle of their next step.
-        if t.ranks.any(time.monotonic() - saved_at > t.run.snapshot_seconds):
+        if due:
             _save_snapshot(t, progress)
             saved_at = time.monotonic()
     t.timer.trained = True
@@ -76,16 +78,19 @@ def learning_rate(plan: Plan, step: int, total: int) -> float:
     return plan.learning_rate * (schedule.min_ratio + (1 - schedule.min_ratio) * fall)
 
 
-def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
-    """Does one optimizer step; returns its message, and whether any rank was asked to stop."""
+def _take_step(t: Training, progress: Progress, *, due: bool = False) -> tuple[Step, bool, bool]:
+    """Does one optimizer step; returns its message, and whether any rank was asked to stop, or has a snapshot `due`."""
     step = progress.step + 1
     drawn = mixing.examples_of_step(t.rows, step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
     weight = t.stepper.weight(drawn)
     sums = t.stepper.accumulate(drawn, weight)
     norm = t.stepper.clip(t.plan.max_grad_norm)
-    sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.stop_signal.received)])]))
-    *totals, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    if step < t.total_steps:
+        t.stepper.prepare(mixing.examples_of_step(t.rows, step + 1, t.plan.batch_size, t.plan.seed))
+    flags = _on_device([t.stop_signal.received, due], sums)
+    sums = t.ranks.sum(torch.cat([sums, flags]))
+    *totals, asked, overdue, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     loss, accuracy, metrics = _shown(t, totals, weight)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         what = f"The loss became {loss}" if not math.isfinite(loss) else f"The gradient's norm became {grad_norm}"
@@ -104,7 +109,13 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
         tokens=progress.tokens,
         seconds=0,
     )
-    return message, asked > 0
+    return message, asked > 0, overdue > 0
+
+
+def _on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Returns the numbers in the type of a tensor and on its device, for which the host does not wait."""
+    made = torch.tensor(numbers, dtype=like.dtype)
+    return made.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else made
 
 
 def _compare_products(t: Training, progress: Progress) -> None:

@@ -38,12 +38,15 @@ class MemoryPlan:
 def next_after(plan: MemoryPlan, parts: list[MicroBatch], layers: int) -> MemoryPlan | None:
     """Returns the plan to use after `plan` ran out of memory on `parts`; None if there is none left.
 
-    It halves the tokens, down to one row; then it recomputes the activations of all `layers`; then it offloads.
+    It records no passes any more; then it halves the tokens, down to one row; then it recomputes the activations of all
+    `layers`; then it offloads.
     """
+    if plan.graphs:
+        return replace(plan, graphs=False)
     if any(len(part) > 1 or len(part[0]) > 1 for part in parts):
         half = max(1, plan.max_tokens // 2)
         packed = None if plan.packed_tokens is None else min(plan.packed_tokens, half)
-        return replace(plan, max_tokens=half, packed_tokens=packed, graphs=False)
+        return replace(plan, max_tokens=half, packed_tokens=packed)
     if plan.recompute < layers:
-        return replace(plan, recompute=layers, graphs=False)
+        return replace(plan, recompute=layers)
     return None if plan.offload or not layers else replace(plan, offload=True)

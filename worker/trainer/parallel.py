@@ -106,23 +106,6 @@ class Ranks:
         """Returns rank 0's value on every rank."""
         return found if self.count == 1 else broadcast_object_list([found])[0]
 
-    def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sums the gradients over the ranks. A parameter that has a gradient on no rank gets none.
-
-        Why not DistributedDataParallel: it requires equally many backward passes on each rank, and takes means. Here a
-        rank may have fewer micro-batches than another, or none in an epoch's last step.
-        """
-        if self.count == 1:
-            return
-        used = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)).tolist()
-        sums = []
-        for parameter in (p for p, by in zip(parameters, used, strict=True) if by):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            sums.append(distributed.all_reduce(parameter.grad, async_op=True))
-        for pending in sums:
-            pending.wait()
-
     def norm(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
         """Returns the gradient's norm: over all ranks for pieces, on one rank for whole weights."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)

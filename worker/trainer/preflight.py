@@ -40,15 +40,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """The largest work of a run; lengths in tokens."""
+    """The largest work of a run on one rank; lengths in tokens."""
 
     technique: Technique
     rows_a_step: int
+    mean_step: int  # all tokens of a mean step
     row: int  # the longest training example
     sequence: int  # the longest sequence: several examples when packing
     packs: bool
     validation: Example | None = None  # the longest validation example
     rows_an_example: int = 1
+    ranks: int = 1
 
 
 def fit_micro_batch(
@@ -73,7 +75,7 @@ def fit_micro_batch(
         plan = replace(plan, packed_tokens=plan.max_tokens)
     elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
-    return replace(plan, graphs=worthwhile(objective, min(plan.max_tokens, work.rows_a_step * work.sequence)))
+    return replace(plan, graphs=worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks))
 
 
 def device_ready(device: torch.device) -> None:

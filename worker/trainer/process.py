@@ -30,11 +30,11 @@ ENVIRONMENT = {
 }
 
 
-def carry_out_and_report(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
-    """Does the run, reports its end on `pipe` and returns the exit code."""
+def carry_out_and_report(folder: Path, pipe: int, stop_signal: StopSignal, children: Children | None = None) -> int:
+    """Does the run, reports its end on `pipe` and returns the exit code. `children`: other ranks that wait for it."""
     rank = int(os.environ.get("RANK", "0"))
-    writer = MessageWriter(pipe if rank == 0 else None)
-    children = Children(writer if rank == 0 else MessageWriter(pipe))  # a rank reports to rank 0 only why it failed
+    children = children or Children(MessageWriter(pipe))  # a rank reports to rank 0 only why it failed
+    writer = children.writer if rank == 0 else MessageWriter(None)
     _configure(rank)
     try:
         plugins.load(plugins.names(), "trainer")

@@ -7,7 +7,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from worker.trainer import packing, preflight, prepared
-from worker.trainer.data import Rows, read_rows
+from worker.trainer.data import Rows, read_rows, steps_per_epoch
 from worker.trainer.objective import Objective
 from worker.trainer.replay import mixing
 
@@ -44,16 +44,19 @@ def packs(run: Run, rows: Rows, objective: Objective, warnings: list[str]) -> bo
     return False
 
 
-def work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
-    """Returns the largest work that the run will require of a step."""
-    lengths, a_step = sorted(rows.lengths, reverse=True), mixing.most_of_a_step(rows, run.plan.batch_size)
+def work(run: Run, rows: Rows, valid: Rows | None, packs: bool, ranks: int) -> preflight.Work:
+    """Returns the largest work that the run will require of a step on one of so many ranks."""
+    lengths = sorted(rows.lengths, reverse=True)
+    a_step = -(-mixing.most_of_a_step(rows, run.plan.batch_size) // ranks)
     packed = min(run.plan.max_seq_length, sum(lengths[:a_step]))
     return preflight.Work(
         technique=run.plan.technique,
         rows_a_step=a_step,
+        mean_step=round(rows.tokens / steps_per_epoch(rows.count, run.plan.batch_size) / ranks),
         row=lengths[0],
         sequence=max(lengths[0], packed) if packs else lengths[0],
         packs=packs,
         validation=max(valid.examples, key=len) if valid is not None else None,
         rows_an_example=max(len(example.rows) for example in rows.examples),
+        ranks=ranks,
     )

@@ -1,8 +1,11 @@
 """One run, in order, from its directory to its artifact."""
 
+import gc
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,7 +63,8 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
         _announce(t, progress)
         writer.write(Phase(phase="training"))
         t.timer.end_preparation(time.monotonic() - began)
-        done = train(t, progress)
+        with _few_collections():
+            done = train(t, progress)
         if done:
             scored = comparison.score(
                 t, asked, base_answers, lambda: comparison.compare_general(t, probe, base_general)
@@ -77,6 +81,17 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
     return done
 
 
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Keeps Python's collector from going through all that was made before, which takes the time of a step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def score(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> comparison.Scored | None:
     """Compares the adapter in `folder` with its base on the test rows, as after training. Raises JobFailure."""
     t = prepare(folder, writer, stop_signal)
@@ -88,7 +103,6 @@ def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Tra
     """Loads the spec, the rows and the model, and plans how steps are split into micro-batches."""
     run = Run.model_validate_json((folder / "spec.json").read_text())
     ranks = Ranks(parallel.accelerator())
-    torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(checkpoints.texts(folder), now=run.now)
     rows, valid, measured = _read(folder, run, template)
     ranks.check(stop_signal)
@@ -103,7 +117,7 @@ def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Tra
     packs = reading.packs(run, rows, objective, warnings)
     objective.add_noise(run.plan.neftune_noise_alpha)
     optimizer = loaded.recipe.make_optimizer(loaded.parameters, run.plan, precision)
-    stepper = loading.make_stepper(loaded, optimizer, rows, reading.work(run, rows, valid, packs))
+    stepper = loading.make_stepper(loaded, optimizer, rows, reading.work(run, rows, valid, packs, ranks.count))
     objective.rest()
     parallel.draw_apart(ranks, run.plan.seed)
     return Training(

@@ -2,8 +2,9 @@
 
 import logging
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
+from worker.trainer.reducer import Reducer
 from worker.trainer.sharding import Shards
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,16 @@ def one_group(_example: Example) -> Hashable:
 
 
 T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A step's examples, the memory plan by which they were split, and the micro-batches on the device."""
+
+    drawn: list[int]
+    memory: MemoryPlan
+    parts: list[MicroBatch]
+    batches: list[Batch]
 
 
 def _shared(values: Iterable[T]) -> list[T]:
@@ -59,9 +71,12 @@ class Stepper:
         self.objective, self.ranks, self.group_of = objective, ranks, group_of
         self.memory, self.shards = memory, shards
         self.graphs = CudaGraphs(objective) if memory.graphs else None
+        self._is_loss = torch.tensor([name == "loss" for name in objective.method.sums], device=ranks.device)
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
+        self._reducer = Reducer(ranks, [p for p in self._parameters if pieces.of(p) is None])
         self._groups = _shared(map(group_of, rows.examples))
         self._shapes = _shared(example.shape for example in rows.examples)
+        self._ready: _Ready | None = None
         # Computed once, here, or the first step of a large file would take seconds longer.
         self._weights = array("d", map(objective.method.weight, rows.examples))
 
@@ -81,22 +96,36 @@ class Stepper:
         memory plan, which gives the same gradient; but not for a sharded model, as other ranks wait in this pass.
         """
         while True:
-            parts = self.micro_batches(drawn)
+            parts, batches = self._split(drawn)
             try:
                 idle = self._idle_passes(parts)  # agreed before the first pass, in which the ranks wait
-                sums = self._forward_backward(parts, weight)
+                sums = self._forward_backward(batches, len(parts), weight)
                 self._pass_idly(idle)
                 break
             except torch.OutOfMemoryError:
                 plan = next_after(self.memory, parts, self.objective.layers)
                 if plan is None or self.shards is not None:
                     raise
+            self._reducer.set_aside()
             self._optimizer.zero_grad(set_to_none=True)
             self.adopt(plan)
         if self.shards is not None:
             self.shards.take_gradients()
-        self.ranks.add_gradients([p for p in self._parameters if pieces.of(p) is None])
+        self._reducer.finish()
         return sums
+
+    def prepare(self, drawn: list[int]) -> None:
+        """Builds the micro-batches of the next step, while the GPU still computes this one."""
+        parts = self.micro_batches(drawn)
+        self._ready = _Ready(drawn, self.memory, parts, [self._collate(part) for part in parts])
+
+    def _split(self, drawn: list[int]) -> tuple[list[MicroBatch], Iterable[Batch]]:
+        """Returns a step's micro-batches, and the same on the device, from `prepare` if it has built them."""
+        ready = self._ready
+        if ready is not None and (ready.drawn, ready.memory) == (drawn, self.memory):
+            return ready.parts, ready.batches
+        parts = self.micro_batches(drawn)
+        return parts, map(self._collate, parts)
 
     def _idle_passes(self, parts: list[MicroBatch]) -> int:
         """Returns how many passes fewer than the busiest rank this rank has; each pass gathers the model's pieces."""
@@ -169,19 +198,28 @@ class Stepper:
             shapes=self._shapes,
         )
 
-    def _forward_backward(self, parts: list[MicroBatch], weight: float) -> Tensor:
+    def _forward_backward(self, batches: Iterable[Batch], count: int, weight: float) -> Tensor:
         # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
         if self.graphs is None:
-            return self._sum(forward_backward(self.objective, self._collate(part), 1 / weight) for part in parts)
+            return self._sum(self._passes(batches, count, 1 / weight))
         # Recorded passes cannot know the step's weight: they use a constant, which is divided out here.
-        sums = self._sum(self.graphs.run(self._collate(part, cuda_graphs.PAD_TO)) for part in parts)
+        sums = self._sum(map(self.graphs.run, batches))
         rescale = 1 / (weight * cuda_graphs.SCALE)
         torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], rescale)
-        return sums * sums.new_tensor([rescale if name == "loss" else 1.0 for name in self.objective.method.sums])
+        return torch.where(self._is_loss, sums * rescale, sums)
+
+    def _passes(self, batches: Iterable[Batch], count: int, scale: float) -> Iterator[Tensor]:
+        """Yields the sums of each of `count` passes. While the last computes gradients, those it has are sent."""
+        for number, batch in enumerate(batches, 1):
+            overlaps = number == count and self.shards is None
+            with self._reducer.overlapping() if overlaps else nullcontext():
+                sums = forward_backward(self.objective, batch, scale)
+            yield sums
 
     def _sum(self, parts: Iterable[Tensor]) -> Tensor:
         nothing = torch.zeros(len(self.objective.method.sums), dtype=torch.float64, device=self.device)
         return sum(parts, start=nothing)
 
-    def _collate(self, part: MicroBatch, pad_to: tuple[int, int] = (1, 1)) -> Batch:
+    def _collate(self, part: MicroBatch) -> Batch:
+        pad_to = (1, 1) if self.graphs is None else cuda_graphs.PAD_TO
         return collate(self._rows.examples, part, self.device, pad_to, borders=self.objective.knows_borders)

@@ -38,7 +38,8 @@ def _add_rms_norm_forward(X, R, H, Y, W, S, width, eps, ADDS: tl.constexpr, BLOC
     tl.store(Y + place, (normed * w).to(Y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Numbers of tokens vary from step to step: a kernel for those that are multiples of 16 would be compiled in between.
+@triton.jit(do_not_specialize=["rows", "rows_a_program"])
 def _add_rms_norm_backward(DY, DH, H, W, S, DX, DW, rows, width, rows_a_program, ADDS: tl.constexpr,
                            LEARNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
@@ -100,7 +101,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _rotate(X, Y, COS, SIN, positions, heads, x_batch, x_token, x_head, c_batch, c_token, SIGN: tl.constexpr,
             HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)

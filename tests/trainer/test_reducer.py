@@ -1,0 +1,51 @@
+"""Tests that two ranks have the sum of their gradients, each sent as soon as it is computed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from reducing_rank import SCENARIOS, backward, layers, spawn
+from torch import nn
+
+from tunery import processes
+from worker.trainer import reducer
+
+PARTS = {
+    "plain": ((2, True), (2, True)),
+    "uneven": ((0, True), (3, True)),
+    "unused by one": ((1, False), (1, True)),
+    "unused": ((1, False), (1, False)),
+    "again": ((1, True), (1, True)),
+}
+"""For each rank, its passes and whether they use the last layer."""
+EARLY = {"plain": {0, 1}, "uneven": {1}, "unused by one": {1}, "unused": set(), "again": {0, 1}}
+"""The ranks that send some gradients during the last pass."""
+
+
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+def test_both_ranks_have_the_sum(tmp_path: Path, scenario: str) -> None:
+    found = spawn(tmp_path, scenario, processes.free_port())
+    wanted = layers()
+    for rank, (parts, odd) in enumerate(PARTS[scenario]):
+        for part in range(parts):
+            backward(wanted, rank, part, odd=odd)
+
+    for rank, seen in enumerate(found):
+        for name, parameter in wanted.named_parameters():
+            if parameter.grad is None:
+                assert seen["grads"][name] is None, name
+            else:
+                torch.testing.assert_close(torch.tensor(seen["grads"][name]), parameter.grad)
+        assert bool(seen["early"]) == (rank in EARLY[scenario])
+
+
+def test_small_gradients_are_sent_together() -> None:
+    """A group is complete with its last gradient, and must not keep those that are complete before it."""
+    small = [nn.Parameter(torch.zeros(2**18)) for _ in range(40)]  # 1 MiB each
+    large = [nn.Parameter(torch.zeros(2**20)) for _ in range(2)]
+
+    found = reducer.buckets([large[0], *small[:20], large[1], *small[20:]])
+
+    assert [len(bucket) for bucket in found] == [1, 32, 8, 1]
+    assert found[0][0] is large[1]
+    assert found[3][0] is large[0]

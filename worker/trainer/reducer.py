@@ -1,0 +1,135 @@
+"""Sums gradients over the ranks, each as soon as the step's last backward pass has computed it.
+
+Why not DistributedDataParallel: it requires equally many backward passes on each rank, and takes means. Here a rank may
+have fewer micro-batches than another, or none in an epoch's last step, or need a second attempt.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+from worker.trainer.parallel import Ranks
+
+ALONE, TOGETHER = 2**22, 2**25
+"""Bytes from which a gradient is sent alone, in place; and those at which smaller ones, as adapters have, are sent
+together, as each transfer costs the host some 40 microseconds.
+"""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A transfer under way. `flat`: what is sent in place of the gradients themselves."""
+
+    parameters: list[nn.Parameter]
+    flat: Tensor | None
+    work: distributed.Work
+
+
+class Reducer:
+    """Sums the gradients of one step after another. Every rank sends the same gradients in the same order."""
+
+    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
+        """`parameters`: those that are whole on every rank."""
+        self._ranks, self._parameters = ranks, list(parameters)
+        self._buckets = buckets(self._parameters) if ranks.count > 1 else []
+        self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
+        self._overlaps = False
+        self._sent: list[_Sent] = []
+        self._summed: list[tuple[nn.Parameter, Tensor]] = []
+        self._lacking: set[int] = set()
+        self._next = 0
+        self._awaited = [0] * len(self._buckets)
+        self._all = torch.ones(len(self._parameters), device=ranks.device)
+        for parameter in self._parameters if self._buckets else ():
+            parameter.register_post_accumulate_grad_hook(self._computed)
+
+    @contextmanager
+    def overlapping(self) -> Iterator[None]:
+        """Returns the context of a step's last backward pass, in which gradients are sent while others are computed."""
+        self._awaited = [len(bucket) for bucket in self._buckets]
+        self._overlaps = True
+        try:
+            yield
+        finally:
+            self._overlaps = False
+
+    def set_aside(self) -> None:
+        """Keeps the sums of what was sent before a pass failed: the other ranks do not send it again."""
+        self._receive()
+        done = [parameter for bucket in self._buckets[: self._next] for parameter in bucket]
+        for parameter in done[len(self._summed) :]:
+            assert parameter.grad is not None
+            self._summed.append((parameter, parameter.grad))
+            parameter.grad = None
+
+    def finish(self) -> None:
+        """Sends what is left and waits for all. A parameter that has a gradient on no rank gets none."""
+        if not self._buckets:
+            return
+        for parameter, gradient in self._summed:
+            parameter.grad = gradient
+        while self._next < len(self._buckets):
+            self._send()
+        self._receive()
+        self._drop_unused()
+        self._summed, self._next, self._lacking = [], 0, set()
+
+    def _computed(self, parameter: Tensor) -> None:
+        if not self._overlaps:
+            return
+        self._awaited[self._bucket_of[id(parameter)]] -= 1
+        while self._next < len(self._buckets) and not self._awaited[self._next]:
+            self._send()
+
+    def _send(self) -> None:
+        """Sends the next bucket; its missing gradients count as 0."""
+        bucket = self._buckets[self._next]
+        self._next += 1
+        for parameter in bucket:
+            if parameter.grad is None:
+                self._lacking.add(id(parameter))
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in bucket if p.grad is not None]
+        flat = torch.cat([each.reshape(-1) for each in gradients]) if len(gradients) > 1 else None
+        work = distributed.all_reduce(gradients[0] if flat is None else flat, async_op=True)
+        assert work is not None
+        self._sent.append(_Sent(bucket, flat, work))
+
+    def _receive(self) -> None:
+        for sent in self._sent:
+            sent.work.wait()
+            if sent.flat is not None:
+                gradients = [p.grad for p in sent.parameters if p.grad is not None]
+                parts = sent.flat.split([each.numel() for each in gradients])
+                torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+        self._sent = []
+
+    def _drop_unused(self) -> None:
+        """Drops the gradients that no rank had. A rank that had all of its own need not look, nor wait for the GPU."""
+        if not self._lacking:
+            self._ranks.sum(self._all)
+            return
+        by = self._ranks.sum(self._all.new_tensor([id(p) not in self._lacking for p in self._parameters]))
+        for parameter, ranks in zip(self._parameters, by.tolist(), strict=True):
+            if not ranks:
+                parameter.grad = None
+
+
+def buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Returns which gradients are sent together, in about the order in which a backward pass completes them."""
+    places = {id(parameter): place for place, parameter in enumerate(reversed(parameters))}
+    found: list[list[nn.Parameter]] = []
+    open_ones: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in reversed(parameters):
+        if parameter.nbytes >= ALONE:
+            found.append([parameter])
+            continue
+        bucket = open_ones.get(parameter.dtype)
+        if bucket is None or sum(p.nbytes for p in bucket) + parameter.nbytes > TOGETHER:
+            found.append(bucket := [])
+            open_ones[parameter.dtype] = bucket
+        bucket.append(parameter)
+    return sorted(found, key=lambda bucket: places[id(bucket[-1])])
