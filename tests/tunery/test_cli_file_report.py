@@ -44,6 +44,28 @@ def test_a_name_that_is_neither_file_nor_id(tunery: Run) -> None:
     assert "nowhere.jsonl" in err
 
 
+def test_columns_of_a_local_table_are_named(tunery: Run, tmp_path: Path) -> None:
+    table, other = tmp_path / "fragen.csv", tmp_path / "valid.csv"
+    table.write_text(
+        "Frage,Antwort,label\nWo ist die Bank?,Links.,0\nwo ist die bank,Links.,1\nWer kommt heute mit?,,1\n"
+    )
+    other.write_text("Frage,Antwort\nWer kommt heute mit?,Ich.\n")
+    named = ("--columns", "prompt=Frage,completion=Antwort")
+    status, out, err = tunery("files", "report", table, *named, "--json")
+    assert (status, json.loads(out)["shape"]) == (0, None), err
+    assert [(one["kind"], one["lines"]) for one in json.loads(out)["findings"]] == [
+        ("near_duplicate", [1, 2]),
+        ("invalid_row", [3]),
+    ]
+    status, out, err = tunery("files", "report", other, "--against", other, *named, "--json")
+    found = json.loads(out)
+    assert (status, [one["kind"] for one in found["findings"]]) == (0, ["test_leak"]), err
+    assert found["shape"].startswith("prompt/completion rows: 'Frage' as the user's message")
+
+    status, _, err = tunery("files", "report", "file-abc", *named)
+    assert (status, "only for a local file" in " ".join(err.replace("│", " ").split())) == (2, True)
+
+
 def test_a_file_is_compared_with_another_by_paths_and_by_ids(
     tunery: Run, api: str, database: Database, tmp_path: Path
 ) -> None:

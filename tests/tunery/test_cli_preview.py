@@ -58,7 +58,7 @@ def test_failed_check_ends_with_1_and_says_what_to_change(tunery: Run, base: Pat
     status, said, _ = tunery("files", "preview", file, "--model", base, "-n", 2, "--max-tokens", 20)
 
     assert status == 1
-    assert "✗ Every sequence has tokens that are learned: not in row 1, 2. Raise max_seq_length" in said
+    assert "✗ Every sequence has tokens that are learned: not in rows 1, 2. Raise max_seq_length" in said
 
 
 def test_page_and_json_are_written(tunery: Run, base: Path, file: Path, tmp_path: Path) -> None:
@@ -100,6 +100,11 @@ def test_wrong_options_are_refused(
 ) -> None:
     status, said, errors = tunery("files", "preview", file, "--model", base, *arguments)
     assert (status, words in " ".join((said + errors).split())) == (2, True), errors
+
+
+def test_a_name_that_is_neither_file_nor_id_is_refused(tunery: Run, base: Path) -> None:
+    status, _, errors = tunery("files", "preview", "nowhere.jsonl", "--model", base)
+    assert (status, "nowhere.jsonl: no such file" in " ".join(errors.split())) == (2, True), errors
 
 
 def test_folder_without_a_tokenizer_is_named(tunery: Run, file: Path, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def _preview(context: typer.Context, file: str, model: str, options: dict[str, A
         raise typer.BadParameter(f"--loss-on {options['loss_on']}: use {', '.join(get_args(LossOn))}.")
     path, base = Path(file), Path(model)
     parse_columns(options.get("columns"))
+    if not path.is_file() and not file.startswith(ids.FILE):
+        raise no_such_file(file)
     if not path.is_file():
         return preview.fetch(connect(context), file, model=model, **options)
     if (base / "tokenizer.json").is_file():
@@ -173,13 +175,18 @@ def report(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a row; only for a local file.")] = 2048,
+    columns: ColumnNames = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report duplicates, contradictions, leaks, wrong labels and other faults of a file's rows."""
+    named = parse_columns(columns)
     if Path(file).is_file():
-        said, name = make_report(Path(file), against, base=base, max_tokens=max_tokens), Path(file).name
+        said = make_report(Path(file), against, base=base, max_tokens=max_tokens, columns=named)
+        name = Path(file).name
     elif file.startswith(ids.FILE):
+        if named is not None:
+            raise typer.BadParameter(f"--columns: only for a local file, and {file} is an uploaded one.")
         if against is not None and not against.startswith(ids.FILE):
             raise typer.BadParameter(
                 f"--against {against}: {file} is an uploaded file, so upload this one too and pass its id."

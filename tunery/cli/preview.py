@@ -49,7 +49,7 @@ def print_preview(made: Preview) -> None:
             output.console.print(_tokens(sequence), soft_wrap=True)
     for check in made.checks:
         sign = Text("✓ ", style="green") if check.passed else Text("✗ ", style="red")
-        failed = "" if check.passed else f": not in row {', '.join(map(str, check.rows))}. {check.advice}"
+        failed = "" if check.passed else f": not in {check.where}. {check.advice}"
         output.console.print(sign + Text(check.what + failed), soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ from tunery.datasets.report import page
 from tunery.datasets.report.page import mixes, places
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
+from tunery.spec import Columns
 
 POLL_SECONDS = 1.0
 
@@ -27,14 +28,17 @@ class ReportUnavailable(TuneryError):
     code = "report_unavailable"
 
 
-def make(path: Path, against: str | None, *, base: str | None, max_tokens: int) -> dict[str, Any]:
+def make(
+    path: Path, against: str | None, *, base: str | None, max_tokens: int, columns: Columns | None = None
+) -> dict[str, Any]:
     """Returns the report of a file here. Raises ReportUnavailable."""
     try:
         from tunery.datasets.report import maker
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
     other, folder = existing("--against", against), existing("--base", base)
-    return maker.make(path, other, base=folder, max_tokens=max_tokens).as_dict()
+    named = None if columns is None else columns.named
+    return maker.make(path, other, base=folder, max_tokens=max_tokens, columns=named).as_dict()
 
 
 def existing(option: str, value: str | None) -> Path | None:

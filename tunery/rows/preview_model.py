@@ -46,6 +46,12 @@ class Check(_Sealed):
     passed: bool
     what: str = Field(description="What the check requires")
     rows: list[int] = Field([], description="Rows that fail the check")
+
+    @property
+    def where(self) -> str:
+        """The rows that fail, in words."""
+        return f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows))}"
+
     advice: str | None = Field(None, description="What to change if it fails")
 
 

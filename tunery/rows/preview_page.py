@@ -44,7 +44,7 @@ left out.</p>
 <ul>
 {%- for check in made.checks %}
 <li class="{{ 'yes' if check.passed else 'no' }}"><b>{{ "✓" if check.passed else "✗" }}</b>{{ check.what }}
-{%- if not check.passed %}: not in row {{ check.rows | join(", ") }}. {{ check.advice }}{% endif %}</li>
+{%- if not check.passed %}: not in {{ check.where }}. {{ check.advice }}{% endif %}</li>
 {%- endfor %}
 </ul>
 {%- for row in made.rows %}

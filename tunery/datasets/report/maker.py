@@ -122,24 +122,26 @@ def make(
     others: Sequence[Other] = (),
     benchmark_folder: Path | None = None,
     losses: Mapping[int, AnswerLoss] = MappingProxyType({}),
+    columns: Mapping[str, str] | None = None,
     progress: Callable[[float], object] = float,
 ) -> Report:
     """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json, and with
     figures of tokens where it has a chat template too; `others`: files that the project has besides;
-    `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `progress` is
-    called with the share that is done.
+    `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `columns`:
+    see `FileShape`, of both files; `progress` is called with the share that is done.
 
     Raises InvalidRows where a file's bytes are not rows, CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
-    judged = verdict.judge(lambda: chunks(path), least=1)
+    judged = verdict.judge(lambda: chunks(path), least=1, columns=columns)
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
-    case = Case(read(path, MOST), read(against, MOST) if against else (), max_tokens, count, others, asked, losses)
+    rows, known = read(path, MOST, columns), read(against, MOST, columns) if against else ()
+    case = Case(rows, known, max_tokens, count, others, asked, losses)
     find(case, progress=progress)
     figures: dict[str, Any] = {"diversity": diversity.figures(case), "languages": languages.figures(case)}
     if base is not None and base.is_dir():
         lengths = tokens.Lengths(base, max_tokens)
-        lengths.measure(chunks(path), MOST)
+        lengths.measure(chunks(path), MOST, columns)
         figures["tokens"] = lengths.figures(base_name or base.name)
         figures["answers"] = plausibility.figures(losses)
         case.findings.extend(lengths.findings)

@@ -1,7 +1,7 @@
 """Rows as a report sees them, including those that a job would refuse, as the report must name them."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,13 @@ class Row:
         return sum(len(turn.text) for turn in self.turns)
 
 
-def read(path: Path, most: int = sys.maxsize) -> list[Row]:
-    """Returns a file's first rows, up to `most` characters in all. Raises InvalidRows if its bytes are not rows."""
+def read(path: Path, most: int = sys.maxsize, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Returns a file's first rows, up to `most` characters in all. Raises InvalidRows if its bytes are not rows.
+
+    `columns`: see `FileShape`.
+    """
     rows: list[Row] = []
-    shape = FileShape()
+    shape = FileShape(columns)
     for source in readers.read(chunks(path)):
         row = of_source(source._replace(shape=shape))
         most -= row.size

@@ -1,6 +1,6 @@
 """Measures rows by a base's tokenizer and chat template: their lengths, and what a token limit cuts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class Lengths:
         self._first: list[int] = []
         self._parts: dict[str, list[int]] = {}
 
-    def measure(self, chunks: Iterable[bytes], most: int) -> None:
-        """Reads a file's first rows, as many as have `most` characters together."""
-        shape = FileShape()
+    def measure(self, chunks: Iterable[bytes], most: int, columns: Mapping[str, str] | None = None) -> None:
+        """Reads a file's first rows, as many as have `most` characters together. `columns`: see `FileShape`."""
+        shape = FileShape(columns)
         for source in readers.read(chunks):
             try:
                 example = ANY_METHOD.parse(source._replace(shape=shape), "training")
