@@ -42,6 +42,12 @@ def _format(schema: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
 
+def _intersected(count: int) -> dict[str, Any]:
+    """Returns a schema of a text to which many patterns apply, which takes hours and all memory to compile."""
+    patterns = [{"type": "string", "pattern": f".*{'a' * 20}.{{{number}}}$"} for number in range(10, 10 + count)]
+    return {"type": "object", "properties": {"text": {"allOf": patterns}}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.llama(
@@ -119,6 +125,14 @@ def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:
         (_format({"type": "string", "pattern": "^(?=a)b$"}), "regex parse error: look-around, .*not supported"),
         (_format({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "use 'anyOf'"),
         (_format({"properties": {f"property{i}": {"type": "integer"} for i in range(15_000)}}), "too large"),
+        (_format(_intersected(16)), "patterns are too complex"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "find_card", "parameters": _intersected(16)}}],
+                "tool_choice": "required",
+            },
+            "Invalid 'tools': its patterns are too complex",
+        ),
         ({"response_format": {"type": "json_schema"}}, "'json_schema' goes only with"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tool_choice": "required"}, "'tools' is empty"),

@@ -13,18 +13,20 @@ from tokenizers import Tokenizer
 from tunery.errors import InvalidValue
 from tunery.rows.calls import ANY_ID, CallSpelling
 from tunery.rows.messages import Tool
+from worker.server import schema_check
 from worker.server.schemas import ResponseFormat
 
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
 """Whitespace between JSON's tokens: any that a model writes, but not without end."""
-_LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=200_000, max_grammar_size=100_000)
+_LIMITS: dict[str, Any] = {"initial_lexer_fuel": 200_000, "max_grammar_size": 100_000}
 """A fifth of the library's own, by which a schema of 15,000 properties was compiled for seven seconds and then refused.
 One of 5,000, OpenAI's limit, needs 0.3 s.
 """
+_COMPLEX = "its patterns are too complex; use simpler ones, or fewer for one text"
 _PLAINLY = {
     "oneOf constraints": "'oneOf' is supported if its schemas differ in type or in a 'const' text; use 'anyOf'",
     "too big": "the schema is too large; use fewer properties or shorter patterns",
-    "Unable to determine if regex is empty": "its patterns are too complex; use simpler ones or fewer in an 'allOf'",
+    "Unable to determine if regex is empty": _COMPLEX,
 }
 """What stands for some of the library's sentences, by their beginnings or a part of them."""
 
@@ -34,7 +36,7 @@ class Grammar:
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, source: str, param: str) -> None:
         """Raises InvalidValue naming `param` if the source cannot be compiled."""
-        self._matcher = llguidance.LLMatcher(tokenizer, source, limits=_LIMITS)
+        self._matcher = llguidance.LLMatcher(tokenizer, source, limits=llguidance.LLParserLimits(**_LIMITS))
         if self._matcher.is_error():
             raise InvalidValue(param=param, reason=f"Invalid '{param}': {_reason(self._matcher.get_error())}")
 
@@ -74,25 +76,36 @@ def of_format(wanted: ResponseFormat) -> str | None:
     if (schema := schema_of(wanted)) is None:
         return None
     try:
-        return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, _JSON)))
+        made = str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, _JSON)))
     except ValueError as error:
         raise InvalidValue(
             param="response_format", reason=f"Invalid 'response_format': {_reason(str(error))}"
         ) from None
+    _check([made], "response_format")
+    return made
 
 
 def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer) -> str:
-    """Returns the grammar of one call of one of these tools, as the template spells it."""
+    """Returns the grammar of one call of one of these tools, as the template spells it. Raises InvalidValue if their
+    schemas are too complex.
+    """
     special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     before, between, after = (_terminals(text, special) for text in (spelling.before, spelling.between, spelling.after))
     rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
-    for number, tool in enumerate(tools):
-        schema = {**_closed(tool.function.parameters or {"type": "object"}), "x-guidance": _JSON}
+    schemas = [{**_closed(tool.function.parameters or {"type": "object"}), "x-guidance": _JSON} for tool in tools]
+    _check([llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)) for schema in schemas], "tools")
+    for number, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
         rules += [
             f"call_{number}: {before} {_text(tool.function.name)} {between} arguments_{number} {after}",
             f"arguments_{number}: %json {json.dumps(schema)}",
         ]
     return str(llguidance.LLMatcher.grammar_from_lark("\n".join(rules) + "\n"))
+
+
+def _check(grammars: Sequence[str], param: str) -> None:
+    """Raises InvalidValue for schemas that would take the server's memory or time to compile."""
+    if not schema_check.can_be_compiled(grammars, _LIMITS):
+        raise InvalidValue(param=param, reason=f"Invalid '{param}': {_COMPLEX}.")
 
 
 def _closed(schema: Any) -> Any:
