@@ -337,6 +337,10 @@ def test_log_probabilities_a_schema_and_the_servers_key(recorded: Recorded, ask:
     [choice] = client.chat.completions.create(model=BASE, response_format=wanted, **ASK).choices
     assert (choice.message.content, choice.finish_reason) == (recorded.text("stream_schema"), "stop")
     assert vllm.asked[-1]["structured_outputs"] == {"json": {**schema, "additionalProperties": False}}
+    patterns = [{"type": "string", "pattern": f".*{'a' * 20}.{{{number}}}$"} for number in range(16)]
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"allOf": patterns}}}
+    with pytest.raises(openai.BadRequestError, match="patterns are too complex"):
+        client.chat.completions.create(model=BASE, response_format=wanted, **ASK)
     with pytest.raises(openai.InternalServerError, match="TUNERY_VLLM_REPLICAS"):
         _say(ask(url, api_key="another"), BASE)
 

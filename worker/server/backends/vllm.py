@@ -199,8 +199,11 @@ def _body(prepared: Prepared) -> dict[str, Any]:
 
 
 def _kept_to(request: ChatRequest) -> dict[str, Any]:
-    """Returns the constraint on the answer as vLLM's options. Raises Unsupported."""
+    """Returns the constraint on the answer as vLLM's options. Raises Unsupported, and InvalidValue for a schema that
+    could stop vLLM for all of its users: it compiles some schemas by the same library.
+    """
     if request.must_call:
         raise Unsupported(param="tool_choice", what="A required tool call", instead="Use 'auto'.")
+    grammar.of_format(request.response_format)
     schema = grammar.schema_of(request.response_format)
     return {} if schema is None else {"structured_outputs": {"json": schema}}
