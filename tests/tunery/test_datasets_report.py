@@ -346,6 +346,16 @@ def test_pairs_are_reported_on_with_their_preferred_answers(tmp_path: Path) -> N
     assert "two equal answers" in (found[9].fault or "")
 
 
+def test_a_pair_is_more_than_its_preferred_answer(tmp_path: Path) -> None:
+    """The same answer may be preferred to several others, and what is learned against may hold personal data."""
+    asked = {"prompt": "Which way to the old harbour?", "chosen": "Left at the mill, then straight on."}
+    others = ["No idea.", "Ask me later.", "NO  idea.", "Ring Anna: anna@example.org."]
+    file = written(tmp_path / "pairs.jsonl", [{**asked, "rejected": text} for text in others])
+    report = maker.make(file)
+    assert [(one.kind, one.lines) for one in report.findings] == [("pii", [4]), ("exact_duplicate", [1, 3])]
+    assert report.usable["rows"] == 3
+
+
 def test_answers_too_short_to_be_cut_are_no_fault_of_the_report() -> None:
     rows = [row(n, f"What comes after {n}?", str(n + 1)) for n in range(300)]
     assert lines(truncation.find, Case(rows)) == []

@@ -9,7 +9,8 @@ import pytest
 from pyarrow import parquet
 
 from tunery.rows import filled
-from tunery.rows.encoding import read_examples
+from tunery.rows.encoding import read_examples, read_rows
+from tunery.rows.preferences import parse_pair
 
 Row = dict[str, Any]
 USER = {"role": "user", "content": "q"}
@@ -96,6 +97,18 @@ def test_a_null_argument_is_kept_where_the_function_has_it(properties: Row, give
     [(_, example)] = read_examples([json.dumps(made).encode()], "training")
     [call] = example.messages[1].tool_calls or []
     assert json.loads(call.function.arguments) == kept
+
+
+def test_both_answers_of_a_pair_are_cleaned() -> None:
+    made = row("f", {"type": "object", "properties": {"x": {}}}, {"x": 1, "y": None})
+    other = row("f", {}, {"x": 2, "y": None})
+    asked, preferred = made["messages"]
+    pair = {"input": {"messages": [asked], "tools": made["tools"]}, "preferred_output": [preferred]}
+    pair["non_preferred_output"] = other["messages"][1:]
+    [source] = read_rows([json.dumps(pair).encode()], "training")
+    found = parse_pair(source)
+    calls = [call for said in (found.messages[-1], found.dispreferred) for call in said.tool_calls or ()]
+    assert [json.loads(call.function.arguments) for call in calls] == [{"x": 1}, {"x": 2}]
 
 
 def test_nulls_of_arguments_that_are_a_string_were_written_by_someone() -> None:

@@ -28,13 +28,17 @@ def _clean(key: str, value: Any) -> Any:
 
 
 def clean_calls(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row's fields without null arguments that the called function, one of the row's tools, does not have.
-    Arguments and tools in strings are not touched, as no export fills those."""
+    """Returns the fields of a row or a pair without null arguments that the called function, one of the row's tools,
+    does not have. Arguments and tools in strings are not touched, as no export fills those."""
     schemas = dict(filter(None, map(_schema, _objects(fields.get("tools")))))
-    messages = fields.get("messages")
-    if not schemas or not isinstance(messages, list):
+    if not schemas:
         return fields
-    return {**fields, "messages": [_with_clean_calls(message, schemas) for message in messages]}
+    cleaned = dict(fields)
+    if isinstance(messages := fields.get("messages"), list):
+        cleaned["messages"] = [_with_clean_calls(message, schemas) for message in messages]
+    if (other := fields.get("dispreferred")) is not None:
+        cleaned["dispreferred"] = _with_clean_calls(other, schemas)
+    return cleaned
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from tunery.rows import keys, reasons
+from tunery.rows import filled, keys, reasons
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, Message, beside, invalid, read_functions, refuse
 from tunery.rows.pairs import PairShape
@@ -24,7 +24,7 @@ class Pair(Example):
         fields = keys.present(row)
         if reason := keys.find_meaning(fields, of_a_pair=True):
             refuse(reason)
-        return read_functions(fields)
+        return filled.clean_calls(read_functions(fields))
 
     @model_validator(mode="after")
     def _answers_differ(self) -> "Pair":

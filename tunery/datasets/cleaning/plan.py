@@ -153,7 +153,7 @@ def _redact(source: SourceRow) -> tuple[SourceRow, Changed] | None:
     after = redaction.redact(before)
     if after == before:
         return None
-    kinds = dict.fromkeys(kind for turn in of_source(source).turns for kind in privacy.kinds_in(turn.text))
+    kinds = dict.fromkeys(kind for text in of_source(source).texts for kind in privacy.kinds_in(text))
     said = " and ".join(kinds)
     return source._replace(fields=after), Changed(source.number, "pii", said, redaction.excerpt(before, after))
 

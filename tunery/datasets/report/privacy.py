@@ -54,7 +54,7 @@ def find(case: "Case") -> Iterator["Finding"]:
     from tunery.datasets.report.case import Finding  # imported here, as the API redacts without a report's libraries
 
     for row in case.rows:
-        kinds = {kind: True for turn in row.turns for kind in kinds_in(turn.text)}
+        kinds = {kind: True for text in row.texts for kind in kinds_in(text)}
         if kinds:
             yield Finding("pii", [row.line], 1.0, f"Contains {' and '.join(kinds)}.", _ACTION)
 

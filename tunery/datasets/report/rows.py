@@ -12,6 +12,7 @@ from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, Message, PlainText
+from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 
 _CHUNK = 2**20
@@ -31,12 +32,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `fault`: why a job would refuse it. `question`: all that is said before the answer, by system messages
-    not, since these stand before every question alike."""
+    """One row. `fault`: why a job would refuse it. `rejected`: the text of a pair's other answer. `question`: all that
+    is said before the answer, by system messages not, since these stand before every question alike."""
 
     line: int
     turns: tuple[Turn, ...]
     fault: str | None = None
+    rejected: str = ""
     system: str = field(init=False)
     question: str = field(init=False)
     answer: str = field(init=False)
@@ -61,9 +63,14 @@ class Row:
         return sum(len(text.encode("utf-8", "surrogatepass")) for text in learned)
 
     @property
+    def texts(self) -> list[str]:
+        """All texts of the row."""
+        return [*(turn.text for turn in self.turns), self.rejected]
+
+    @property
     def size(self) -> int:
-        """Characters of all turns."""
-        return sum(len(turn.text) for turn in self.turns)
+        """Characters of all texts."""
+        return sum(map(len, self.texts))
 
 
 def read(path: Path, most: int = sys.maxsize, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -101,7 +108,8 @@ def of_example(line: int, example: Example) -> Row:
     """Returns the row of an example that a job would take."""
     if isinstance(example, PlainText):
         return Row(line, (Turn(PLAIN, example.messages[0].content or ""),))
-    return Row(line, tuple(map(_turn, example.messages)))
+    rejected = _turn(example.dispreferred).text if isinstance(example, Pair) else ""
+    return Row(line, tuple(map(_turn, example.messages)), rejected=rejected)
 
 
 def _turn(message: Message) -> Turn:
@@ -136,4 +144,5 @@ def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
 
 def whole(row: Row) -> str:
     """Returns a row's normalised text; rows are the same if it is equal."""
-    return "\x00".join(f"{turn.role}\x01{texts.squash(turn.text)}" for turn in row.turns)
+    said = [f"{turn.role}\x01{texts.squash(turn.text)}" for turn in row.turns]
+    return "\x00".join([*said, texts.squash(row.rejected)] if row.rejected else said)
