@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tunery import ids
 from tunery.errors import InvalidValue, Unsupported
 from tunery.serving import TEXT_FIELD
 
@@ -57,7 +58,8 @@ def _top(value: Any) -> int:
 def of_chat(answer: Json, *, first: int = 0) -> Json:
     """Returns a chat completion, or a chunk of one, as a text completion whose choices count from `first`."""
     choices = [_choice(choice, first) for choice in answer["choices"]]
-    return {**answer, "object": "text_completion", "choices": choices}
+    id = ids.TEXT_COMPLETION + str(answer["id"]).removeprefix(ids.COMPLETION)
+    return {**answer, "id": id, "object": "text_completion", "choices": choices}
 
 
 def _choice(choice: Json, first: int) -> Json:

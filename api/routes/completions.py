@@ -19,7 +19,7 @@ from tunery.errors import TuneryError
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 
 _ANSWER = {
-    "id": "chatcmpl-abc123",
+    "id": "cmpl-abc123",
     "object": "text_completion",
     "created": 1721764800,
     "model": "SmolLM2-135M-Instruct",

@@ -20,6 +20,7 @@ def test_a_text_is_gone_on_from(client: OpenAI, server: ModelServer, team: Team)
     made = client.completions.create(model=ALIAS, prompt="Once", temperature=0, logprobs=1, user="me", echo=False)
     [choice] = made.choices
     assert (choice.text, choice.finish_reason, made.object) == ("a", "stop", "text_completion")
+    assert made.id.startswith("cmpl-")
     assert choice.logprobs
     assert choice.logprobs.model_dump() == {
         "tokens": ["a"],
