@@ -463,6 +463,19 @@ def test_tokens_of_a_base(tmp_path: Path) -> None:
         assert ("languages of the answers" in page.render("f.jsonl", said)) is is_shown
 
 
+def test_a_row_that_a_bases_template_loses_a_part_of_is_named(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "base")
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    calls = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    file = written(tmp_path / "f.jsonl", [chat("a b c", "d e"), calls, {"messages": 1}])
+    assert [one.lines for one in maker.make(file).findings] == [[3]]
+    made = maker.make(file, base=base)
+    reasons = {one.lines[0]: one.why for one in made.findings if one.kind == "invalid_row"}
+    assert sorted(reasons) == [2, 3]
+    assert "does not render tool calls" in reasons[2]
+    assert (made.usable["rows"], made.figures["tokens"]["spreads"]["row"]["count"]) == (1, 1)
+
+
 def read_row(fields: dict[str, Any]) -> Any:
     return parse_row(SourceRow(1, fields), "training")
 

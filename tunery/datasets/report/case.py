@@ -34,6 +34,11 @@ class Finding:
         return shown if self.against else {key: value for key, value in shown.items() if key != "against"}
 
 
+def invalid_row(line: int, reason: str) -> Finding:
+    """Returns the finding about a row that a job would refuse."""
+    return Finding("invalid_row", [line], 1.0, reason, "Correct the row: a job would refuse it.")
+
+
 class Case:
     """A file, the file that it is compared with, and the findings so far, which later checks may read."""
 

@@ -30,9 +30,9 @@ from tunery.datasets.report import (
     usable,
     verdict,
 )
-from tunery.datasets.report.case import Case, Check, Finding
+from tunery.datasets.report.case import Case, Check, Finding, invalid_row
 from tunery.datasets.report.elsewhere import Other
-from tunery.datasets.report.rows import Row, chunks, read
+from tunery.datasets.report.rows import chunks, read
 from tunery.datasets.report.verdict import Verdict
 from tunery.rows.answer_losses import AnswerLoss
 
@@ -155,9 +155,5 @@ def find(case: Case, checks: Sequence[Check] = CHECKS, progress: Callable[[float
         progress(done / (len(checks) + 1))
         case.findings.extend(check(case))
     named = case.lines_found(*_EXPLAINED)
-    case.findings.extend(_refused(row) for row in case.rows if row.fault and row.line not in named)
+    case.findings.extend(invalid_row(row.line, row.fault) for row in case.rows if row.fault and row.line not in named)
     return case.findings
-
-
-def _refused(row: Row) -> Finding:
-    return Finding("invalid_row", [row.line], 1.0, str(row.fault), "Correct the row: a job would refuse it.")

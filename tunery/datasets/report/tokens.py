@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tunery.datasets.report.case import Finding
+from tunery.datasets.report.case import Finding, invalid_row
 from tunery.datasets.report.rows import Row, of_example
 from tunery.datasets.report.verdict import ANY_METHOD
 from tunery.failures import InvalidTrainingFile
@@ -39,12 +39,16 @@ class Lengths:
         for source in readers.read(chunks):
             try:
                 example = ANY_METHOD.parse(source._replace(shape=shape), "training")
-                row = of_example(source.number, example)
-                most -= row.size
-                if most < 0:
-                    return
-                encoded = ANY_METHOD.encode(self.template, example, source.number, max_length=_UNCUT, role="training")
             except InvalidTrainingFile:  # the report has such rows already
+                continue
+            row = of_example(source.number, example)
+            most -= row.size
+            if most < 0:
+                return
+            try:
+                encoded = ANY_METHOD.encode(self.template, example, source.number, max_length=_UNCUT, role="training")
+            except InvalidTrainingFile as error:
+                self.findings.append(invalid_row(source.number, str(error.fields["reason"])))
                 continue
             self._add(row, encoded)
 
