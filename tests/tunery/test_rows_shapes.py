@@ -130,6 +130,11 @@ TAKEN: dict[str, tuple[str | None, list[list[Turn]]]] = {
         "plain text rows: every token of 'text' is learned, and the end token after it",
         [[("assistant", "Once there was a miller who had three sons.")]],
     ),
+    "sharegpt_weights": ("ShareGPT rows: 'conversations' as the conversation", [[BRIEF, *WAY]]),
+    "sharegpt_exchanges": (
+        "ShareGPT rows: 'conversation' as the conversation",
+        [[BRIEF, *WAY, ("user", "And back?"), ("assistant", "The same way.")]],
+    ),
     "alpaca_blank": (
         "Alpaca rows: 'system' as the system message, 'history' as earlier turns, 'instruction' as the user's message, "
         "'input' as text after it, 'output' as the answer",
@@ -172,6 +177,8 @@ REFUSED = {
     "name the columns to use in the job's 'columns'.",
     "refused_rendered_llama2": "'text' begins with '[INST]', so a chat template has already rendered it.",
     "refused_rendered_llama3": "'text' begins with '<|start_header_id|>', so a chat template has already rendered it.",
+    "refused_message_a_line": 'the row is a single message. Write each conversation as one row, {"messages": [...]}.',
+    "refused_text_of_a_role": "the row is a single message. Write each conversation as one row",
     "refused_text_intent": "'intent' may be the class of 'text', or only describe it. Name 'text' as the prompt and",
     "refused_sentence_label": "The row has 'sentence', 'label'; pairs such as prompt/completion",
     "refused_rows_in_object": "'data' is a list of rows: send this list alone, as a JSON array.",

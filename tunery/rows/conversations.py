@@ -34,13 +34,23 @@ def convert(value: Any, key: str) -> Any:
     turns = decoded(value, key)
     if not isinstance(turns, list):
         raise ValueError(f"'{key}' must be a list of messages, not {strict_json.kind(turns)}.")  # noqa: TRY004 (as below)
-    messages = []
+    messages: list[dict[str, Any]] = []
     for number, turn in enumerate(turns, start=1):
         try:
-            messages.append(_message(turn))
+            messages.extend(_exchange(turn) if _is_exchange(turn) else [_message(turn)])
         except ValueError as error:
             raise ValueError(f"message {number} of '{key}' {error}") from None
     return call_ids.fill(messages)
+
+
+def _is_exchange(turn: Any) -> bool:
+    return isinstance(turn, dict) and "input" in turn and turn.keys() <= {"system", "input", "output"}
+
+
+def _exchange(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the messages of a question with its answer. Of a conversation in several, the first has the system's."""
+    parts = (("system", turn.get("system")), ("user", turn["input"]), ("assistant", turn.get("output")))
+    return [{"role": role, "content": text} for role, text in parts if text or role == "user"]
 
 
 def decoded(value: Any, key: str) -> Any:

@@ -163,7 +163,7 @@ class Message(_Sealed):
     def _fits_its_role(self) -> "Message":
         if self.role != "assistant" and self.model_fields_set != _PLAIN:
             for field in ("weight", "tool_calls", "function_call", "refusal", "reasoning_content"):
-                if getattr(self, field) is not None:
+                if getattr(self, field) is not None and not (field == "weight" and self.weight == 0):
                     refuse(f"has '{field}', which only an assistant message can have. Remove it or correct the role.")
         if self.role == "tool" and self.tool_call_id is None:
             refuse("is a tool result without 'tool_call_id'. Add the id of the call that it answers.")

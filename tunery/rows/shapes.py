@@ -120,7 +120,8 @@ def _question_answer(row: Mapping[str, Any]) -> Shape:
         asked = ["text"]
     if asked and not answered:
         answered = _find_label_column(row, names)
-    if asked == ["text"] and not answered and isinstance(row.get("text"), str) and not keys.find_meaning(row):
+    is_text = asked == ["text"] and not answered and isinstance(row.get("text"), str) and "role" not in row
+    if is_text and not keys.find_meaning(row):
         _refuse_class(names)
         return TextShape(PLAIN, {"text": "text"})
     if not asked or not answered:
@@ -163,6 +164,8 @@ def _no_shape(row: Mapping[str, Any]) -> str:
     judged = {key: value for key, value in row.items() if key not in _LABELS or isinstance(value, bool)}
     if meaning := keys.find_meaning(judged):
         return f"{expected}, and the row {meaning}"
+    if "role" in row and ("content" in row or "text" in row):
+        return f'{_START}: the row is a single message. Write each conversation as one row, {{"messages": [...]}}.'
     if key := next((key for key, value in row.items() if _are_rows(value)), None):
         return f"{expected}. '{key[:40]}' is a list of rows: send this list alone, as a JSON array."
     shown = ", ".join(f"'{key[:40]}'" for key in list(row)[:8])
