@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
 from tunery.datasets.report import texts
+from tunery.datasets.report.rows import SYSTEM
 from tunery.rows.conversations import ROLES
+from tunery.rows.messages import Role
 
 Messages = list[dict[str, Any]]
 
 _MORE = {"chatbot": "assistant", "agent": "assistant", "customer": "user", "client": "user", "prompter": "user"}
-_KNOWN = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-_SYSTEM = frozenset({"system", "developer"})
+_KNOWN = frozenset(get_args(Role))
 _SHAREGPT = {"user": "human", "assistant": "gpt"}
 _KEYS = ("messages", "conversations", "conversation")
 
@@ -61,8 +62,8 @@ def _drop_repeated(turns: Messages, _speaker: str, _said: str, _answers: Collect
 
 def _lead_with_system(turns: Messages, speaker: str, said: str, _answers: Collection[str]) -> Messages:
     """Moves all system text into one message at the beginning, as templates show no other."""
-    system = [turn for turn in turns if turn[speaker] in _SYSTEM]
-    spoken = [turn for turn in turns if turn[speaker] not in _SYSTEM]
+    system = [turn for turn in turns if turn[speaker] in SYSTEM]
+    spoken = [turn for turn in turns if turn[speaker] not in SYSTEM]
     parts = list(dict.fromkeys(turn.get(said) for turn in system if isinstance(turn.get(said), str)))
     if len(system) < 2 or len(parts) == 0:
         return [*system, *spoken]
@@ -81,7 +82,7 @@ def _swap_last(turns: Messages, speaker: str, said: str, answers: Collection[str
 
 def _trim(turns: Messages, speaker: str, _said: str, _answers: Collection[str]) -> Messages:
     """Drops unanswered questions at the end and answers without a question at the beginning."""
-    head = [turn for turn in turns if turn[speaker] in _SYSTEM]
+    head = [turn for turn in turns if turn[speaker] in SYSTEM]
     spoken = turns[len(head) :]
     while spoken and spoken[-1][speaker] == "user":
         spoken.pop()

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from tunery.datasets.errors import CannotHoldOut
-from tunery.datasets.report import extensions
+from tunery.datasets.report import extensions, groups
 from tunery.datasets.report.case import Case
 from tunery.datasets.report.rows import Row, by_key, whole
 
@@ -14,15 +14,15 @@ Group = list[int]
 def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> set[int]:
     """Returns the lines to hold out, about this fraction of the rows, one or more. Raises CannotHoldOut if none can."""
     case = Case(rows)
-    groups = group(case)
+    linked = group(case)
     strata: dict[str, list[Group]] = {}
     labels = case.tasks[0].labels if case.tasks else {}
-    for one in groups:
+    for one in linked:
         strata.setdefault(labels.get(one[0], ""), []).append(one)
     held = set(_draw(strata, fraction, seed))
     if not held:
         # A share of less than half a row, or groups that are all larger than it.
-        smallest: Group = min(groups, key=len, default=[])
+        smallest: Group = min(linked, key=len, default=[])
         held = set(smallest)
     if not held or len(held) == len(rows):
         raise CannotHoldOut(rows=len(rows))
@@ -33,9 +33,9 @@ def _draw(strata: dict[str, list[Group]], fraction: float, seed: int) -> Iterato
     """Yields the lines of random groups of each label, without exceeding the label's share."""
     due, taken = 0.0, 0
     for label in sorted(strata):
-        groups = strata[label]
-        due += fraction * sum(map(len, groups))
-        for one in random.Random(f"{seed} {label}").sample(groups, len(groups)):  # noqa: S311 (draws rows)
+        some = strata[label]
+        due += fraction * sum(map(len, some))
+        for one in random.Random(f"{seed} {label}").sample(some, len(some)):  # noqa: S311 (draws rows)
             if taken + len(one) <= round(due):
                 taken += len(one)
                 yield from one
@@ -43,21 +43,11 @@ def _draw(strata: dict[str, list[Group]], fraction: float, seed: int) -> Iterato
 
 def group(case: Case) -> list[Group]:
     """Returns the lines in groups: rows that are the same, or that a chain of similar questions links."""
-    parent = {row.line: row.line for row in case.rows}
-
-    def find(line: int) -> int:
-        while parent[line] != line:
-            parent[line] = line = parent[parent[line]]
-        return line
-
     same = [(rows[0].line, row.line) for rows in by_key(case.rows, whole).values() for row in rows[1:]]
     near = [(pair.first.line, pair.second.line) for pair in case.pairs if not pair.leaked]
     # The report would count these as leaks between the two files.
     longer = [(pair.first.line, pair.second.line) for pair in extensions.find(case.answered, case.answered)]
-    for one, other in (*same, *near, *longer):
-        first, second = sorted((find(one), find(other)))
-        parent[second] = first
-    groups: dict[int, Group] = {}
-    for line in parent:
-        groups.setdefault(find(line), []).append(line)
-    return list(groups.values())
+    found: dict[int, Group] = {}
+    for line, first in groups.join((row.line for row in case.rows), (*same, *near, *longer)).items():
+        found.setdefault(first, []).append(line)
+    return list(found.values())

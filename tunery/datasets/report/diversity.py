@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from tunery.datasets.report import groups
 from tunery.datasets.report.case import Case, Finding
 
 _FRACTION = 0.2
@@ -15,19 +16,8 @@ _ACTION = "Keep fewer of them, or add rows that ask something else."
 
 def clusters(case: Case) -> dict[int, int]:
     """Returns each line's cluster of rows linked by a chain of similar questions, named by its first line."""
-    parents = {row.line: row.line for row in case.compared}
-
-    def root(line: int) -> int:
-        while parents[line] != line:
-            parents[line] = parents[parents[line]]
-            line = parents[line]
-        return line
-
-    for pair in case.pairs:
-        if not pair.leaked:
-            first, second = sorted((root(pair.first.line), root(pair.second.line)))
-            parents[second] = first
-    return {line: root(line) for line in parents}
+    similar = ((pair.first.line, pair.second.line) for pair in case.pairs if not pair.leaked)
+    return groups.join((row.line for row in case.compared), similar)
 
 
 def figures(case: Case) -> dict[str, Any]:

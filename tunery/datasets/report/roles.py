@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from tunery.datasets.report.case import Case, Finding
-from tunery.datasets.report.rows import Turn
+from tunery.datasets.report.rows import SYSTEM, Turn
 from tunery.rows.messages import Role
 
 _KNOWN = frozenset(get_args(Role))
-_SYSTEM = frozenset({"system", "developer"})
 _TOOL = frozenset({"tool", "function"})
 _ACTION = "Correct the roles or the order of the messages."
 
@@ -27,8 +26,8 @@ def describe(turns: Sequence[Turn]) -> str | None:
         return f"Has the unknown role '{unknown}'."
     if "assistant" not in roles:
         return "Has no assistant message."
-    spoken = [turn for turn in turns if turn.role not in _SYSTEM]
-    if any(role in _SYSTEM for role in roles[len(roles) - len(spoken) :]):
+    spoken = [turn for turn in turns if turn.role not in SYSTEM]
+    if any(role in SYSTEM for role in roles[len(roles) - len(spoken) :]):
         return "Has a system message after the first turn."
     if spoken[0].role != "user":
         return f"The first message has the role '{spoken[0].role}', but the user must speak first."

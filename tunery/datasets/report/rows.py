@@ -16,7 +16,8 @@ from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 
 _CHUNK = 2**20
-_SYSTEM = frozenset({"system", "developer"})
+SYSTEM = frozenset({"system", "developer"})
+"""Roles that stand before a conversation."""
 PLAIN = "text"
 """The role of a plain text, which is no one's turn."""
 
@@ -45,9 +46,9 @@ class Row:
 
     def __post_init__(self) -> None:
         last = max((at for at, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
-        asked = [turn.text for turn in self.turns[:last] if turn.role not in _SYSTEM]
+        asked = [turn.text for turn in self.turns[:last] if turn.role not in SYSTEM]
         put = object.__setattr__
-        put(self, "system", "\n".join(turn.text for turn in self.turns if turn.role in _SYSTEM))
+        put(self, "system", "\n".join(turn.text for turn in self.turns if turn.role in SYSTEM))
         put(self, "question", "\n".join(asked))
         put(self, "answer", self.turns[last].text if last < len(self.turns) else "")
 

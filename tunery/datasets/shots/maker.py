@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from tunery.datasets.report import rows as report_rows
-from tunery.datasets.report.rows import Row
+from tunery.datasets.report.rows import SYSTEM, Row
 from tunery.datasets.shots import choice
 from tunery.failures import InvalidTrainingFile
 from tunery.planning.advice import answer_limit
@@ -16,8 +16,6 @@ from tunery.rows.encoding import CHATS, encode_answer, read_rows
 from tunery.rows.messages import Example, FileRole, Message, is_answerable
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
-
-_SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,8 @@ def _prompted(case: _Case, variant: Variant) -> list[Example]:
 
 def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
     """Returns the row with the examples' turns after its own system messages; those of the examples are left out."""
-    first = next((at for at, one in enumerate(asked.messages) if one.role not in _SYSTEM), 0)
-    turns: list[Message] = [turn for one in shown for turn in one.messages if turn.role not in _SYSTEM]
+    first = next((at for at, one in enumerate(asked.messages) if one.role not in SYSTEM), 0)
+    turns: list[Message] = [turn for one in shown for turn in one.messages if turn.role not in SYSTEM]
     return asked.model_copy(update={"messages": [*asked.messages[:first], *turns, *asked.messages[first:]]})
 
 
