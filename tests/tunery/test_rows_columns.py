@@ -21,6 +21,7 @@ from tunery.datasets.rules import check_examples
 from tunery.failures import InvalidTrainingFile
 from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.encoding import encoder_of_any, find_encoder
+from tunery.rows.shapes import can_be_named
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Columns, Dpo, Supervised
 from worker.trainer.data import read_rows
@@ -92,6 +93,21 @@ def test_named_columns_of_pairs_and_conversations() -> None:
     data = json.dumps({"Verlauf": json.dumps(turns), "score": 1}).encode()
     summary = check_examples([data], encoder=encoder_of_any("assistant", chat), least=1)
     assert summary.shape.describe() == "chat messages rows: 'Verlauf' as the conversation; other columns are not read"
+
+
+@pytest.mark.parametrize(
+    ("table", "missing"),
+    [
+        (b"prompt,completion\nq,\n", "prompt/completion, but has no value in 'completion'."),
+        (b"id,Question,Answer\n1,,a\n", "question/answer, but has no value in 'Question'."),
+        (b'{"prompt": "q", "chosen": null, "rejected": "b"}', "chosen/rejected, but has no value in 'chosen'."),
+    ],
+)
+def test_a_first_row_without_a_value_says_which(table: bytes, missing: str) -> None:
+    with pytest.raises(InvalidTrainingFile) as refused:
+        check_examples([table], least=1)
+    assert missing in refused.value.message
+    assert can_be_named(refused.value.message)
 
 
 @pytest.mark.parametrize(

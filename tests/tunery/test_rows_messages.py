@@ -105,7 +105,7 @@ def part(**fields: Any) -> str:
         ('{"conversations": []}', "Example 9 'messages' must not be empty."),
         (
             '{"messages": null}',
-            "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing. The row",
+            "Example 9: Unexpected file format: the row is like those of chat messages, but has no value in 'messages'",
         ),
         ("[]", "Example 9: expected a JSON object in braces, found a list."),
         ("{", "Example 9: the object does not end on this line (column 2)."),

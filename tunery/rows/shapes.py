@@ -61,11 +61,20 @@ class FileShape:
         """Returns a row's fields with `messages`. Raises ValueError, also if its shape differs from the first row's."""
         row = self.load(source)
         if self.shape is None:
-            self.shape, self._first = detect(row), source.number
+            self.shape, self._first = self._detect(row, source), source.number
         elif not self.shape.fits(row):
             raise ValueError(self._differs(row))
         self.used |= self.shape.used(row)
         return row if self.shape.name == CHAT else self.shape.convert(row)
+
+    def _detect(self, row: dict[str, Any], source: SourceRow) -> Shape:
+        try:
+            return detect(row)
+        except ValueError as error:
+            empty = {key: "" for key, value in source.load().items() if value is None and not self.columns}
+            if (reason := _lacks_values(row, empty)) is not None:
+                raise ValueError(reason) from error
+            raise
 
     @property
     def name(self) -> str | None:
@@ -183,6 +192,21 @@ def _are_rows(value: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _lacks_values(row: Mapping[str, Any], empty: Mapping[str, str]) -> str | None:
+    """Returns which value is missing in a row that would have a shape with values in its empty columns, or None."""
+    try:
+        shape = detect({**row, **empty}) if empty else None
+    except ValueError:
+        return None
+    missing = [key for key in shape.columns.values() if key in empty] if shape is not None else []
+    if shape is None or not missing:
+        return None
+    return (
+        f"{_START}: the row is like those of {shape.name}, but has no value in '{missing[0]}'. Add it, remove the row, "
+        f"or name other columns {_BY_HAND}"
+    )
 
 
 def _may_be_named(row: Mapping[str, Any]) -> bool:
