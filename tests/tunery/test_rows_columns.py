@@ -100,6 +100,9 @@ def test_named_columns_of_pairs_and_conversations() -> None:
     [
         (b"prompt,completion\nq,\n", "prompt/completion, but has no value in 'completion'."),
         (b"id,Question,Answer\n1,,a\n", "question/answer, but has no value in 'Question'."),
+        (b"text,label\nq,\nq,a\n", "text/label, but has no value in 'label'."),
+        (b'{"text": "q", "output": null}', "text/output, but has no value in 'output'."),
+        (b"text,intent\nq,\n", "'intent' may be the class of 'text'"),
         (b'{"prompt": "q", "chosen": null, "rejected": "b"}', "chosen/rejected, but has no value in 'chosen'."),
     ],
 )
@@ -108,6 +111,11 @@ def test_a_first_row_without_a_value_says_which(table: bytes, missing: str) -> N
         check_examples([table], least=1)
     assert missing in refused.value.message
     assert can_be_named(refused.value.message)
+
+
+def test_a_text_beside_other_empty_columns_is_plain() -> None:
+    assert check_examples([b"text,source\nOnce.,\nTwice.,x\n"], least=1).shape.name == "plain text"
+    assert check_examples([b"text,label\nOnce.,\n"], least=1, encoder=encoder_of_any("assistant", Columns(text="text")))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ _CONVERSATIONS = ("conversations", "conversation")
 _START = "Unexpected file format"
 _CLASSES = ("intent", "category", "class", "class_name", "labels", "sentiment", "emotion", "topic")
 """Names of a column that may hold the class of a text, or only describe it."""
+_BESIDE_TEXT = frozenset({*_ANSWERS, *_LABELS, *_CLASSES})
 _BY_HAND = "in the job's 'columns'."
 
 
@@ -68,13 +69,20 @@ class FileShape:
         return row if self.shape.name == CHAT else self.shape.convert(row)
 
     def _detect(self, row: dict[str, Any], source: SourceRow) -> Shape:
+        empty = {} if self.columns else {key: "" for key, value in source.load().items() if value is None}
         try:
-            return detect(row)
+            shape = detect(row)
         except ValueError as error:
-            empty = {key: "" for key, value in source.load().items() if value is None and not self.columns}
             if (reason := _lacks_values(row, empty)) is not None:
                 raise ValueError(reason) from error
             raise
+        if isinstance(shape, TextShape):
+            # A text is no whole row where other rows have its answer or class.
+            answers = {key: "" for key in empty if key.strip().casefold() in _BESIDE_TEXT}
+            detect({**row, **answers})
+            if (reason := _lacks_values(row, answers)) is not None:
+                raise ValueError(reason)
+        return shape
 
     @property
     def name(self) -> str | None:
