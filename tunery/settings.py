@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     preload_trainer: bool = Field(
         True,
         description="Keep a trainer process with its imports ready for the next job, which starts 6 to 20 s sooner for "
-        "up to 1 GB per slot",
+        "up to 1 GB per GPU of the slot's last job",
     )
     stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
     keep_events_days: int = Field(

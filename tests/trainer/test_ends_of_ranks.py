@@ -122,13 +122,16 @@ def test_rank_that_notices_nothing_is_ended_with_a_dead_one(tmp_path: Path, tiny
 
 
 @pytest.mark.slow
-def test_rank_that_is_still_starting_ends_with_the_first(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize("when", ["it imports", "it has its run"])
+def test_rank_that_is_still_starting_ends_with_the_first(tmp_path: Path, tiny: Path, when: str) -> None:
     """Otherwise it would wait for the first rank until the timeout of the process group, which is hours."""
     folder = _lay_out(tmp_path, tiny, "replicate")
 
     with spawned(folder) as process:
-        next(heard(process))  # the other rank has just been started and is still importing
-        assert len(other_ranks(process.pid)) == 1
+        while not other_ranks(process.pid):
+            time.sleep(0.05)
+        if when == "it has its run":
+            next(heard(process))
         os.kill(process.pid, signal.SIGKILL)
 
         assert left_of(process.pid, LIMIT) == []
@@ -140,8 +143,8 @@ def _faults(named: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [2, 1])
-def test_ranks_that_wait_take_the_run_or_end(tmp_path: Path, tiny: Path, gpus: Literal[1, 2]) -> None:
+@pytest.mark.parametrize(("gpus", "dies"), [(2, False), (1, False), (2, True)], ids=["two", "one", "one has died"])
+def test_ranks_that_wait_take_the_run_or_end(tmp_path: Path, tiny: Path, gpus: Literal[1, 2], dies: bool) -> None:
     """A process that waits for a run on two devices has a second rank that waits too."""
     settled = plan(n_epochs=1, resources=Resources(gpus=gpus))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
@@ -149,6 +152,8 @@ def test_ranks_that_wait_take_the_run_or_end(tmp_path: Path, tiny: Path, gpus: L
     with spawned(folder, waits=True, CUDA_VISIBLE_DEVICES="0,1") as process:
         while not (waiting := other_ranks(process.pid)):
             time.sleep(0.05)
+        if dies:
+            os.kill(waiting[0], signal.SIGKILL)
         assert process.stdin is not None
         with process.stdin as pipe:
             pipe.write(os.fsencode(folder) + b"\n")
@@ -160,5 +165,6 @@ def test_ranks_that_wait_take_the_run_or_end(tmp_path: Path, tiny: Path, gpus: L
     assert said[-1].type == "finished"
     assert process.returncode == 0
     assert len(waiting) == 1
-    assert ranks[0] == (waiting if gpus == 2 else [])
+    assert len(ranks[0]) == gpus - 1
+    assert (ranks[0] == waiting) == (gpus == 2 and not dies)
     assert left_of(process.pid, LIMIT) == []

@@ -137,12 +137,14 @@ def test_one_row_too_many_is_recomputed_and_then_an_error(tmp_path: Path, tiny: 
         _take_step(t, Progress())
 
 
-def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: Path, tiny: Path, graphs: bool) -> None:
     t = training(tmp_path / "run", tiny)
+    t.stepper.memory = replace(t.stepper.memory, graphs=graphs)
     assert t.valid is not None
     wanted = validation.loss(t.stepper, t.valid.examples)
     usual = t.objective.forward
-    t.objective.forward = failing(usual, [1, 2])
+    t.objective.forward = failing(usual, [1, 2, 3] if graphs else [1, 2])
 
     found = validation.loss(t.stepper, t.valid.examples)
     assert (found.loss, found.accuracy) == pytest.approx((wanted.loss, wanted.accuracy), rel=1e-6)
@@ -219,6 +221,23 @@ def test_each_rank_plans_for_its_share_of_a_step(tmp_path: Path, tiny: Path) -> 
     assert (one.rows_a_step, three.rows_a_step) == (8, 3)
     assert (one.mean_step, three.mean_step) == (t.rows.tokens, round(t.rows.tokens / 3))
     assert one.row == three.row == max(t.rows.lengths)
+
+
+def test_recorded_passes_are_not_larger_than_those_that_gain_from_it(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger one would need its memory beside that which the graphs keep."""
+    t = training(tmp_path / "run", tiny)
+    assert t.stepper.memory.max_tokens == expected.CPU_MICRO_BATCH
+    work = reading.work(t.run, t.rows, t.valid, packs=False, ranks=1)
+    monkeypatch.setattr(preflight, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(preflight, "RECORDED_TOKENS", 100)
+
+    found = preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, work)
+
+    assert (found.max_tokens, found.packed_tokens, found.graphs) == (100, None, True)
+    longer = preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, replace(work, sequence=150))
+    assert longer.max_tokens == 150
 
 
 def test_state_that_does_not_fit_is_told_before_the_first_step(tmp_path: Path, tiny: Path) -> None:

@@ -15,10 +15,13 @@ PARTS = {
     "uneven": ((0, True), (3, True)),
     "unused by one": ((1, False), (1, True)),
     "unused": ((1, False), (1, False)),
-    "again": ((1, True), (1, True)),
+    "again": ((2, True), (2, True)),
+    "twice again": ((2, True), (2, True)),
+    "no room to send": ((2, True), (2, True)),
 }
 """For each rank, its passes and whether they use the last layer."""
-EARLY = {"plain": {0, 1}, "uneven": {1}, "unused by one": {1}, "unused": set(), "again": {0, 1}}
+EARLY = {"plain": {0, 1}, "uneven": {1}, "unused by one": {1}, "unused": set(), "again": {0, 1},
+         "twice again": {0, 1}, "no room to send": {0, 1}}  # fmt: skip
 """The ranks that send some gradients during the last pass."""
 
 

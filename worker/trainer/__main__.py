@@ -8,6 +8,7 @@ RUN_DIR/log.txt. With `--wait-as-rank` it does so for rank 0, which also says wh
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from worker.trainer import children
@@ -15,9 +16,11 @@ from worker.trainer.children import Children
 from worker.trainer.report import MessageWriter
 from worker.trainer.stop_signal import StopSignal
 
+WAITING = ("--wait", children.AS_RANK)
+
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or (sys.argv[1].startswith("--") and sys.argv[1] not in WAITING):
         sys.stderr.write("usage: python -m worker.trainer (RUN_DIR | --wait)\n")
         return 2
     how = sys.argv[1]
@@ -29,11 +32,13 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files of a run are local; set before the hub is imported
     others = Children(MessageWriter(pipe), log_in_folder=how == "--wait")
     if how != children.AS_RANK:
-        others.make_ready(children.devices_of(os.environ) if how == "--wait" else children.devices_asked(Path(how)))
+        world = children.devices_of(os.environ) if how == "--wait" else children.devices_asked(Path(how))
+        with suppress(OSError):  # the run begins those that are missing, and reports why it cannot
+            others.make_ready(world)
     # Only now: these imports take seconds, and may print.
     from worker.trainer.process import carry_out_and_report
 
-    folder = _wait_for_folder(how) if how.startswith("--") else Path(how)
+    folder = _wait_for_folder(how) if how in WAITING else Path(how)
     return 0 if folder is None else carry_out_and_report(folder, pipe, stop_signal, others)
 
 

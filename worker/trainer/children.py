@@ -58,7 +58,7 @@ class Children:
 
     def start(self, folder: Path, world: int) -> None:
         """Gives the ranks their run and makes this process rank 0 of `world`."""
-        if len(self._waiting) != world - 1:
+        if len(self._waiting) != world - 1 or any(child.poll() is not None for child in self._waiting):
             self._end_waiting()
             self.make_ready(world)
         if world == 1:

@@ -1,8 +1,8 @@
 """Captures forward and backward passes of small models as CUDA graphs, once per shape, and replays them.
 
 A model of 135M parameters runs some 4,000 kernels a step, each of which ends before the host has launched the next: the
-GPU waits for Python. A graph is one launch. Batches are padded to a grid of shapes, so that a run needs a dozen graphs;
-padded positions predict nothing (label -100), so sums are unchanged.
+GPU waits for Python. A graph is one launch. Batches are padded to a grid of shapes, so that a run needs one or two
+dozen graphs; padded positions predict nothing (label -100), so sums are unchanged.
 """
 
 import logging
@@ -50,8 +50,8 @@ class CudaGraphs:
     def run(self, batch: Batch) -> Tensor:
         """Returns the method's sums over a batch, "loss" scaled by SCALE, and accumulates the gradient, scaled too.
 
-        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured. So does every
-        batch that is too large to gain from it.
+        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured. A batch that
+        is too large to gain from it always runs eagerly.
         """
         if batch.input_ids.numel() > RECORDED_TOKENS:
             return forward_backward(self._objective, batch, SCALE)

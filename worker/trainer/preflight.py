@@ -18,6 +18,7 @@ from tunery.planning.expected import (
     CPU_MICRO_BATCH,
     GPU_TOKENS,
     MEASURED,
+    RECORDED_TOKENS,
     Needs,
     Split,
     fastest,
@@ -75,7 +76,12 @@ def fit_micro_batch(
         plan = replace(plan, packed_tokens=plan.max_tokens)
     elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
-    return replace(plan, graphs=worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks))
+    if not worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks):
+        return plan
+    # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
+    most = max(work.sequence, min(plan.max_tokens, RECORDED_TOKENS))
+    packed = None if plan.packed_tokens is None else min(plan.packed_tokens, most)
+    return replace(plan, max_tokens=most, packed_tokens=packed, graphs=True)
 
 
 def device_ready(device: torch.device) -> None:

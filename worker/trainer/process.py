@@ -1,6 +1,6 @@
 """The process around a run: its environment, its other ranks, and how it ends.
 
-With several GPUs this process is rank 0 and starts the others itself (`children.py`).
+With several GPUs this process is rank 0 and has started the others (`children.py`).
 """
 
 import logging

@@ -13,9 +13,9 @@ from torch import Tensor, distributed, nn
 
 from worker.trainer.parallel import Ranks
 
-ALONE, TOGETHER = 2**22, 2**25
-"""Bytes from which a gradient is sent alone, in place; and those at which smaller ones, as adapters have, are sent
-together, as each transfer costs the host some 40 microseconds.
+ALONE, TOGETHER, COPIES = 2**22, 2**25, 3
+"""Bytes from which a gradient is sent alone, in place; those up to which smaller ones, as adapters have, are copied and
+sent together, as each transfer costs the host some 40 microseconds; and how many such copies there are at most.
 """
 
 
@@ -38,7 +38,7 @@ class Reducer:
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._overlaps = False
         self._sent: list[_Sent] = []
-        self._summed: list[tuple[nn.Parameter, Tensor]] = []
+        self._kept: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._lacking: set[int] = set()
         self._next = 0
         self._awaited = [0] * len(self._buckets)
@@ -59,25 +59,27 @@ class Reducer:
     def set_aside(self) -> None:
         """Keeps the sums of what was sent before a pass failed: the other ranks do not send it again."""
         self._receive()
-        done = [parameter for bucket in self._buckets[: self._next] for parameter in bucket]
-        for parameter in done[len(self._summed) :]:
-            assert parameter.grad is not None
-            self._summed.append((parameter, parameter.grad))
+        for parameter in (each for bucket in self._buckets[: self._next] for each in bucket):
+            if id(parameter) not in self._kept:
+                assert parameter.grad is not None
+                self._kept[id(parameter)] = (parameter, parameter.grad)
             parameter.grad = None
 
     def finish(self) -> None:
         """Sends what is left and waits for all. A parameter that has a gradient on no rank gets none."""
         if not self._buckets:
             return
-        for parameter, gradient in self._summed:
+        for parameter, gradient in self._kept.values():
             parameter.grad = gradient
         while self._next < len(self._buckets):
             self._send()
         self._receive()
         self._drop_unused()
-        self._summed, self._next, self._lacking = [], 0, set()
+        self._kept, self._next, self._lacking = {}, 0, set()
 
     def _computed(self, parameter: Tensor) -> None:
+        if id(parameter) in self._kept:  # computed once more, but its sum is there
+            parameter.grad = None
         if not self._overlaps:
             return
         self._awaited[self._bucket_of[id(parameter)]] -= 1
@@ -85,27 +87,31 @@ class Reducer:
             self._send()
 
     def _send(self) -> None:
-        """Sends the next bucket; its missing gradients count as 0."""
+        """Sends the next bucket; its missing gradients count as 0. If it runs out of memory, nothing was sent."""
         bucket = self._buckets[self._next]
-        self._next += 1
         for parameter in bucket:
             if parameter.grad is None:
                 self._lacking.add(id(parameter))
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in bucket if p.grad is not None]
-        flat = torch.cat([each.reshape(-1) for each in gradients]) if len(gradients) > 1 else None
+        flat = None
+        if len(gradients) > 1 or not gradients[0].is_contiguous():
+            self._receive(COPIES - 1)
+            flat = torch.cat([each.reshape(-1) for each in gradients])
         work = distributed.all_reduce(gradients[0] if flat is None else flat, async_op=True)
         assert work is not None
         self._sent.append(_Sent(bucket, flat, work))
+        self._next += 1
 
-    def _receive(self) -> None:
-        for sent in self._sent:
+    def _receive(self, copies: int = 0) -> None:
+        """Waits for transfers, the first ones first, until so many copies are left; for all if none may be."""
+        while self._sent and (not copies or sum(sent.flat is not None for sent in self._sent) > copies):
+            sent = self._sent.pop(0)
             sent.work.wait()
             if sent.flat is not None:
                 gradients = [p.grad for p in sent.parameters if p.grad is not None]
                 parts = sent.flat.split([each.numel() for each in gradients])
                 torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-        self._sent = []
 
     def _drop_unused(self) -> None:
         """Drops the gradients that no rank had. A rank that had all of its own need not look, nor wait for the GPU."""

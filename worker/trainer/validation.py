@@ -40,8 +40,9 @@ def over(stepper: Stepper, examples: Sequence[Example], measure: Callable[[list[
             with ranks.lockstep():
                 return measure(parts)
         except torch.OutOfMemoryError:
-            plan = next_after(stepper.memory, parts, stepper.objective.layers)
-            if plan is None or plan.max_tokens == stepper.memory.max_tokens or stepper.shards is not None:
+            then, plan = stepper.memory, next_after(stepper.memory, parts, stepper.objective.layers)
+            helps = plan is not None and (plan.recompute, plan.offload) == (then.recompute, then.offload)
+            if plan is None or not helps or stepper.shards is not None:
                 raise
         stepper.adopt(plan)
 
