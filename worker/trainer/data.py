@@ -70,6 +70,10 @@ class Rows:
         replay = sum(self.lengths[self.count :]) * self.replayed_an_epoch // max(1, self.replayed)
         return sum(self.lengths[: self.count]) + replay
 
+    def tokens_a_step(self, batch_size: int, ranks: int = 1) -> float:
+        """Returns the tokens of a mean step of `batch_size` of the file's own examples, on each of so many ranks."""
+        return self.tokens / steps_per_epoch(self.count, batch_size) / ranks
+
     @cached_property
     def lengths(self) -> Sequence[int]:
         """How many tokens each example has."""

@@ -98,5 +98,5 @@ def _against_graphs(t: Training) -> str | None:
     graphs = t.stepper.graphs
     if graphs is not None:
         return "this model cannot be recorded" if graphs.failed else None
-    tokens = min(t.stepper.memory.max_tokens, round(t.rows.tokens / t.steps_per_epoch / t.ranks.count))
+    tokens = min(t.stepper.memory.max_tokens, round(t.rows.tokens_a_step(t.plan.batch_size, t.ranks.count)))
     return cuda_graphs.reason_against(t.objective, tokens, t.ranks.count) or "their memory was needed"

@@ -7,7 +7,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from worker.trainer import packing, preflight, prepared
-from worker.trainer.data import Rows, read_rows, steps_per_epoch
+from worker.trainer.data import Rows, read_rows
 from worker.trainer.objective import Objective
 from worker.trainer.replay import mixing
 
@@ -52,7 +52,7 @@ def work(run: Run, rows: Rows, valid: Rows | None, packs: bool, ranks: int) -> p
     return preflight.Work(
         technique=run.plan.technique,
         rows_a_step=a_step,
-        mean_step=round(rows.tokens / steps_per_epoch(rows.count, run.plan.batch_size) / ranks),
+        mean_step=round(rows.tokens_a_step(run.plan.batch_size, ranks)),
         row=lengths[0],
         sequence=max(lengths[0], packed) if packs else lengths[0],
         packs=packs,

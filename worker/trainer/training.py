@@ -81,7 +81,7 @@ class Training:
         return Work(
             steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-            step_tokens=self.rows.tokens / self.steps_per_epoch / self.ranks.count,
+            step_tokens=self.rows.tokens_a_step(self.plan.batch_size, self.ranks.count),
             layers=getattr(self.objective.causal.config.get_text_config(), "num_hidden_layers", 0),
             every=None if self.valid is None else self.steps_per_epoch if every == "auto" else every,
             valid_tokens=0 if self.valid is None else self.valid.tokens / self.ranks.count,
