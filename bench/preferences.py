@@ -61,7 +61,7 @@ def ours(t: Training) -> list[dict[str, float]]:
     t.objective.train()
     progress, found = Progress(), []
     while progress.step < t.total_steps:
-        message, _ = _take_step(t, progress)
+        message, *_ = _take_step(t, progress)
         found.append({"loss": message.train_loss, "margin": message.train_metrics["rewards_margin"]})
     return found
 

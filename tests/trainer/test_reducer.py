@@ -1,6 +1,6 @@
 """Tests that two ranks have the sum of their gradients, each sent as soon as it is computed."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,15 +25,20 @@ EARLY = {"plain": {0, 1}, "uneven": {1}, "unused by one": {1}, "unused": set(), 
 """The ranks that send some gradients during the last pass."""
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns what each rank found in every scenario."""
+    return spawn(tmp_path_factory.mktemp("ranks"), processes.free_port())
+
+
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
-def test_both_ranks_have_the_sum(tmp_path: Path, scenario: str) -> None:
-    found = spawn(tmp_path, scenario, processes.free_port())
+def test_both_ranks_have_the_sum(found: list[dict[str, Any]], scenario: str) -> None:
     wanted = layers()
     for rank, (parts, odd) in enumerate(PARTS[scenario]):
         for part in range(parts):
             backward(wanted, rank, part, odd=odd)
 
-    for rank, seen in enumerate(found):
+    for rank, seen in enumerate(each[scenario] for each in found):
         for name, parameter in wanted.named_parameters():
             if parameter.grad is None:
                 assert seen["grads"][name] is None, name
