@@ -82,6 +82,7 @@ def pairs(count: int) -> bytes:
     return b"".join(json.dumps({**row, "other": "0"}).encode() + b"\n" for row in rows)
 
 
+@pytest.mark.slow
 def test_a_job_trains_by_a_plug_ins_method(workshop: Workshop, pairwise_client: TestClient) -> None:
     """The method has two rows an example and its own validation loss; the job runs from the request to the artifact."""
     workshop.start("io", **PAIRWISE)

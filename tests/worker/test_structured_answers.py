@@ -126,12 +126,13 @@ def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:
         (_format({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "use 'anyOf'"),
         (_format({"properties": {f"property{i}": {"type": "integer"} for i in range(15_000)}}), "too large"),
         (_format(_intersected(16)), "patterns are too complex"),
-        (
+        pytest.param(
             {
                 "tools": [{"type": "function", "function": {"name": "find_card", "parameters": _intersected(16)}}],
                 "tool_choice": "required",
             },
             "Invalid 'tools': its patterns are too complex",
+            marks=pytest.mark.slow,
         ),
         ({"response_format": {"type": "json_schema"}}, "'json_schema' goes only with"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
