@@ -330,10 +330,10 @@ def collate(
     idle = -sum(labelled) % pad_to[1]
     packed = any(len(sequence) > 1 for sequence in sequences)
     return Batch(
-        input_ids=_move(ids, device),
-        position_ids=_move(positions, device) if packed else None,
-        label_positions=_move(functional.pad(torch.cat(label_positions), (0, idle)), device),
-        targets=_move(functional.pad(torch.cat(targets), (0, idle), value=IGNORED), device),
+        input_ids=move(ids, device),
+        position_ids=move(positions, device) if packed else None,
+        label_positions=move(functional.pad(torch.cat(label_positions), (0, idle)), device),
+        targets=move(functional.pad(torch.cat(targets), (0, idle), value=IGNORED), device),
         tokens=sum(lengths),
         labelled=labelled,
         borders=marks,
@@ -349,7 +349,7 @@ def _up(number: int, step: int) -> int:
 
 def _reference(examples: Sequence[Example], part: MicroBatch, device: torch.device) -> Tensor | None:
     numbers = [number for packed in part for i in packed for number in examples[i].reference]
-    return _move(torch.tensor(numbers), device) if numbers else None
+    return move(torch.tensor(numbers), device) if numbers else None
 
 
 def _sequences(examples: Sequence[Example], part: MicroBatch) -> list[list[Row]]:
@@ -396,8 +396,9 @@ def _borders(lengths: list[int], pad_to: int, device: torch.device) -> Borders:
         ends.append(ends[-1] + padding)
         ends += [ends[-1]] * (-len(ends) % ENDS_PAD_TO)
         longest = 1 << (max(longest, ends[-1] // 4) - 1).bit_length()
-    return Borders(_move(torch.tensor(ends, dtype=torch.int32), device), longest)
+    return Borders(move(torch.tensor(ends, dtype=torch.int32), device), longest)
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the host on a device, for which the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

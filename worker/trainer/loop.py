@@ -7,15 +7,15 @@ stop.
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunery.spec import EarlyStopping, Plan
 from tunery.trainer_protocol import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, finite, validation
+from worker.trainer.data import move
 from worker.trainer.methods.method import Shown
 from worker.trainer.replay import mixing
 from worker.trainer.scoring import sampled
@@ -88,7 +88,7 @@ def _take_step(t: Training, progress: Progress, *, due: bool = False) -> tuple[S
     norm = t.stepper.clip(t.plan.max_grad_norm)
     if step < t.total_steps:
         t.stepper.prepare(mixing.examples_of_step(t.rows, step + 1, t.plan.batch_size, t.plan.seed))
-    flags = _on_device([t.stop_signal.received, due], sums)
+    flags = move(torch.tensor([t.stop_signal.received, due], dtype=sums.dtype), sums.device)
     sums = t.ranks.sum(torch.cat([sums, flags]))
     *totals, asked, overdue, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     loss, accuracy, metrics = _shown(t, totals, weight)
@@ -110,12 +110,6 @@ def _take_step(t: Training, progress: Progress, *, due: bool = False) -> tuple[S
         seconds=0,
     )
     return message, asked > 0, overdue > 0
-
-
-def _on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """Returns the numbers in the type of a tensor and on its device, for which the host does not wait."""
-    made = torch.tensor(numbers, dtype=like.dtype)
-    return made.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else made
 
 
 def _compare_products(t: Training, progress: Progress) -> None:

@@ -15,7 +15,7 @@ from worker.trainer.parallel import Ranks
 
 ALONE, TOGETHER, COPIES = 2**22, 2**25, 3
 """Bytes from which a gradient is sent alone, in place; those up to which smaller ones, as adapters have, are copied and
-sent together, as each transfer costs the host some 40 microseconds; and how many such copies there are at most.
+sent together, as the host has the same work for each transfer; and how many such copies there are at most.
 """
 
 
