@@ -37,6 +37,15 @@ def columns(rows: list[Row]) -> bytes:
     return made.getvalue()
 
 
+def names_twice(columns: tuple[str, ...], members: tuple[str, ...]) -> bytes:
+    """A Parquet file with a row of these columns, the last of records with these members."""
+    record = pyarrow.StructArray.from_arrays([pyarrow.array(["x"]) for _ in members], names=list(members))
+    texts = [pyarrow.array(["x"]) for _ in columns[1:]]
+    made = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_arrays([*texts, record], names=list(columns)), made)
+    return made.getvalue()
+
+
 FILES = {
     "JSONL": jsonl(ROWS),
     "array": json.dumps(ROWS).encode(),
@@ -143,6 +152,14 @@ BROKEN = {
     "wide table": (b",".join(b"c%d" % n for n in range(5000)) + b"\n", "the table has 5000 columns, more than 1000."),
     "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "is not UTF-8. Save the file as UTF-8. (line 3 of the file)"),
     "wide Parquet": (WIDE, "the table has 5000 columns, more than 1000."),
+    "Parquet with a column twice": (
+        names_twice(("prompt", "completion", "completion"), ("content",)),
+        "Row 1: two columns have the name 'completion'. Rename one of them.",
+    ),
+    "Parquet with a member twice": (
+        names_twice(("messages",), ("role", "content", "content")),
+        "Row 1: two columns have the name 'content'. Rename one of them.",
+    ),
     "cut Parquet": (FILES["Parquet"][:-5], "the file is damaged or incomplete"),
     "cut gzip": (gzip.compress(jsonl(ROWS))[:-9], "is incomplete."),
     "damaged gzip": (b"\x1f\x8b\x08\x00" + b"x" * 50, "gzip format. Row 1: the file is damaged"),
@@ -163,6 +180,8 @@ def test_broken_file_is_refused_with_its_place(name: str) -> None:
 
 
 FAULTY = {
+    "key twice in an array": (b'[{"a": 1},\n{"a": [{"b": 1, "b": 2}]}]', [(2, 'has the key "b" twice. Keep one', 2)]),
+    "key twice in a line": (b'{"a": 1}\n{"a": 1, "a": 1}\n', [(2, 'has the key "a" twice. Keep one of them', None)]),
     "numbers for rows": (b'[1,\n{"a": NaN}]', [(1, "expected a JSON object", 1), (2, "NaN is not JSON", 2)]),
     "half a pair": (b'[{"a": "\\ud800"}]', [(1, "half a surrogate pair", 1)]),
     "NUL": (b"a,b\nx\0,y\n", [(1, "the character NUL", 2)]),

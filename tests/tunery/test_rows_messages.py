@@ -59,6 +59,10 @@ def part(**fields: Any) -> str:
         (with_arguments("{"), "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object"),
         (with_arguments([]), "Example 9, message 2, tool_call 1 'function.arguments' must be a string, not a list."),
         (with_arguments('"{"'), "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object"),
+        (
+            with_arguments('{"n": 1, "n": 2}'),
+            "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object",
+        ),
         (with_arguments("[1]"), "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object"),
         (
             row(USER, ANSWER, tools=[TOOL], functions=[TOOL["function"]]),
@@ -159,6 +163,13 @@ def nested(depth: int) -> str:
         ('{"\\udc00": 1}', "half a surrogate pair"),
         ('{"a": ["\\u0000"]}', "character NUL"),
         ('{"\\u0000": 1}', "character NUL"),
+        (
+            '{"messages": [], "id": 1, "messages": []}',
+            'the key "messages" twice. Keep one of them, or rename the other',
+        ),
+        ('{"a": [{"b": {"c": 1, "c": 2}}]}', 'the key "c" twice'),
+        ('{"content": "x", "\\u0063ontent": "y"}', 'the key "content" twice'),
+        ('{"x": 0, ' + ", ".join(f'"{at}": 0' for at in range(200_000)) + ', "x": 0}', 'the key "x" twice'),
         (nested(strict_json.MAX_DEPTH + 1), "more than 32 deep"),
         ("[" * 100_000, "more than 32 deep"),
         ("null", "found null"),

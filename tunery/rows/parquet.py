@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tunery.rows import strict_json
@@ -63,6 +63,8 @@ class ParquetParser:
             raise self._refuse(
                 f"the table has {columns} columns, more than {MOST_COLUMNS}. Keep only the columns that are used."
             )
+        if twice := _name_twice(file.schema_arrow):
+            raise self._refuse(f"two columns have the name '{twice[:40]}'. Rename one of them.")
         for group in range(file.num_row_groups):
             rows = self._rows_at_once(file.metadata.row_group(group))
             yield from file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
@@ -96,6 +98,19 @@ class ParquetParser:
 
     def _refuse(self, reason: str) -> InvalidRows:
         return PARQUET.refuse(self._number + 1, reason)
+
+
+def _name_twice(fields: Iterable[Any]) -> str | None:
+    """Returns a name that two of the columns have, or two members of the records in one; None if there is none."""
+    seen: set[str] = set()
+    for field in fields:
+        if field.name in seen:
+            return str(field.name)
+        seen.add(field.name)
+        inner = (field.type.field(place) for place in range(field.type.num_fields))
+        if twice := _name_twice(inner):
+            return twice
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Parses untrusted JSON strictly by RFC 8259, as Python's parser accepts more than is safe."""
 
 import json
+from collections import Counter
 from typing import Any
 
 MAX_DEPTH = 32
@@ -35,9 +36,10 @@ def load_object(text: str) -> dict[str, Any]:
 def load_value(text: str) -> Any:
     """Parses a JSON value.
 
-    Raises ValueError, with a readable reason, for NaN and Infinity (also as `1e999`), lone surrogates (UTF-8, and so
-    tokenizers and databases, cannot represent them), the character NUL (PostgreSQL cannot store it) and nesting deeper
-    than MAX_DEPTH; its subclass NotJSON for invalid JSON.
+    Raises ValueError, with a readable reason, for NaN and Infinity (also as `1e999`), a key that an object has twice
+    (parsers disagree on which value counts, and one of them would be lost), lone surrogates (UTF-8, and so tokenizers
+    and databases, cannot represent them), the character NUL (PostgreSQL cannot store it) and nesting deeper than
+    MAX_DEPTH; its subclass NotJSON for invalid JSON.
     """
     try:
         value = _DECODER.decode(text)
@@ -69,8 +71,20 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(
+            f"an object has the key {json.dumps(twice[:40])} twice. Keep one of them, or rename the other."
+        )
+    return value
+
+
 # Built once, because json.loads builds one for each text.
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_object
+)
 
 
 def _too_deep() -> str:
