@@ -5,12 +5,15 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
+from tunery.errors import InvalidValue
 from tunery.keys import auth
 from tunery.keys.auth import Caller
 from tunery.keys.errors import Forbidden
 from tunery.settings import Settings
+from tunery.spec import Columns
 from tunery.storage import Storage
 
 _bearer = HTTPBearer(
@@ -81,3 +84,21 @@ def _admin(caller: CallerDep) -> Caller:
 
 AdminDep = Annotated[Caller, Depends(_admin, scope="function")]
 """A caller with an administrator's key."""
+
+
+def _columns(
+    columns: Annotated[
+        str | None, Query(description="The columns of the file, as in a job: prompt=Frage,completion=Antwort")
+    ] = None,
+) -> Columns | None:
+    """Raises InvalidValue where `columns` name no rows."""
+    try:
+        return None if columns is None else Columns.parse(columns)
+    except ValidationError as error:
+        raise InvalidValue(param="columns", reason=f"'columns': {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise InvalidValue(param="columns", reason=f"'columns': {error}.") from None
+
+
+ColumnsDep = Annotated[Columns | None, Depends(_columns)]
+"""The columns that a query names, by part."""

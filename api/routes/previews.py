@@ -3,10 +3,9 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from api.dependencies import SessionsDep, StorageDep, StreamCallerDep
+from api.dependencies import ColumnsDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas.base import errors
 from api.schemas.files import FilePreview
 from tunery.artifacts import templates
@@ -16,9 +15,9 @@ from tunery.failures import InvalidTrainingFile
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.rows import preview, preview_page
-from tunery.rows.encoding import RowEncoder, encoder_of_any
+from tunery.rows.encoding import encoder_of_any
 from tunery.rows.preview_model import Preview
-from tunery.spec import Columns, LossOn
+from tunery.spec import LossOn
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 
@@ -36,15 +35,13 @@ def preview_file(
     caller: StreamCallerDep,
     sessions: SessionsDep,
     storage: StorageDep,
+    columns: ColumnsDep,
     model: Annotated[
         str, Query(min_length=1, description="A base or tuned model whose tokenizer and template are used")
     ],
     rows: Annotated[int, Query(ge=1, le=preview.MOST_ROWS, description="Number of rows, from the file's start")] = 3,
     max_tokens: Annotated[int, Query(ge=16, le=1_048_576, description="The job's max_seq_length")] = 2048,
     loss_on: Annotated[LossOn, Query(description="Which tokens are trained")] = "assistant",
-    columns: Annotated[
-        str | None, Query(description="The columns of the file, as in a job: prompt=Frage,completion=Antwort")
-    ] = None,
     format: Annotated[Literal["json", "html"], Query(description="html: a page with coloured tokens")] = "json",
 ) -> FilePreview | Response:
     """Every token of the first rows as the trainer will see it (trained, masked or cut), and checks of them."""
@@ -54,7 +51,7 @@ def preview_file(
         base = _base(session, caller.project_id, model)
     # A protocol does not say that its classes can be hashed.
     template = templates.load(storage, base.prefix, base.manifest_sha256 or "")  # type: ignore[arg-type]
-    encoder = _encoder(loss_on, columns)  # before the file is open, which nobody would close when this is refused
+    encoder = encoder_of_any(loss_on, columns)
     try:
         made = preview.make(storage.read(file.key), template, encoder, model=model, rows=rows, max_tokens=max_tokens)
     except InvalidTrainingFile as error:
@@ -66,16 +63,6 @@ def _base(session: Session, project_id: str, name: str) -> Model:
     """Returns the base that a model is or was made from. Raises ModelNotFound, WrongState."""
     found = registry.find_ready(session, project_id, name)
     return found if found.base_id is None else session.get_one(Model, found.base_id)
-
-
-def _encoder(loss_on: LossOn, columns: str | None) -> RowEncoder:
-    """Raises InvalidValue where `columns` name no rows."""
-    try:
-        return encoder_of_any(loss_on, None if columns is None else Columns.parse(columns))
-    except ValidationError as error:
-        raise InvalidValue(param="columns", reason=f"'columns': {error.errors()[0]['msg']}") from None
-    except ValueError as error:
-        raise InvalidValue(param="columns", reason=f"'columns': {error}.") from None
 
 
 def _answer(made: Preview, file_id: str, filename: str, format: str) -> FilePreview | Response:

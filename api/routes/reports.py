@@ -1,4 +1,4 @@
-"""Reports of files, as JSON and as a page. The first request for another base or comparison queues its report."""
+"""Reports of files, as JSON and as a page. The first request for another base, comparison or columns queues one."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 
-from api.dependencies import CallerDep, SessionDep, StorageDep
+from api.dependencies import CallerDep, ColumnsDep, SessionDep, StorageDep
 from api.schemas import reports as schemas
 from api.schemas.base import errors
 from tunery.datasets import files, reports
@@ -33,6 +33,7 @@ def find_report(
     file_id: str,
     session: SessionDep,
     caller: CallerDep,
+    columns: ColumnsDep,
     base: Annotated[str | None, Query(description="A model whose tokenizer counts the tokens")] = None,
     against: Annotated[str | None, Query(description="A file that should have no rows in common")] = None,
 ) -> Asked:
@@ -44,7 +45,8 @@ def find_report(
     if other is not None:
         reports.check_reported(other)
     counted = "" if model is None else (model.base_id or model.id)
-    row = reports.request(session, file, base=counted, against="" if other is None else other.sha256)
+    sha256 = "" if other is None else other.sha256
+    row = reports.request(session, file, base=counted, against=sha256, columns=columns)
     return Asked(file, row, base, against)
 
 
@@ -55,8 +57,8 @@ AskedDep = Annotated[Asked, Depends(find_report)]
 def retrieve_report(asked: AskedDep, storage: StorageDep) -> Response:
     """Problems of the file's rows. While `status` is `queued` or `running`, repeat the request.
 
-    With `base` it includes the rows' tokens, with `against` rows that are also in another file. Such a report is made
-    at the first request and stored."""
+    With `base` it includes the rows' tokens, with `against` rows that are also in another file; with `columns` rows are
+    read by them. Such a report is made at the first request and stored."""
     row = asked.row
     state = schemas.FileReport.of(row, file=asked.file.id, base=asked.base, against=asked.against)
     if row.status != reports.READY:

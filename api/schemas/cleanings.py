@@ -15,6 +15,7 @@ LINEAGE: dict[str, Any] = {
     "source_sha256": "9f2c0000000000000000000000000000000000000000000000000000000000aa",
     "against": None,
     "base": None,
+    "columns": None,
     "held_out": None,
     "progress": 1.0,
     "created_at": 1719184911,
@@ -78,6 +79,7 @@ class FileCleaning(ResponseBody):
     source_sha256: str | None
     against: str | None
     base: str | None
+    columns: dict[str, str] | None = Field(description="The columns by which rows were read; null: by their own names")
     progress: float = Field(description="Progress, from 0 to 1")
     held_out: str | None = Field(description="The file with the held-out rows")
     held_out_rows: HeldOut | None = Field(description="The requested actions")
@@ -97,6 +99,7 @@ class FileCleaning(ResponseBody):
             source_sha256=done.get("source_sha256"),
             against=row.against_id,
             base=row.base_id,
+            columns=Cleaning.model_validate(row.order).named or None,
             progress=row.progress,
             held_out=row.held_out_id,
             held_out_rows=row.order["held_out"],

@@ -77,6 +77,7 @@ class FileReport(ResponseBody):
                     "file": "file-abc123",
                     "base": None,
                     "against": None,
+                    "columns": None,
                     "status": "ready",
                     "progress": 1.0,
                     "error": None,
@@ -103,6 +104,7 @@ class FileReport(ResponseBody):
     file: str
     base: str | None = Field(description="The model whose tokenizer counted the tokens")
     against: str | None = Field(description="The file with which it is compared")
+    columns: dict[str, str] | None = Field(description="The columns by which rows were read; null: by their own names")
     status: Status
     progress: float
     error: str | None
@@ -130,6 +132,7 @@ class FileReport(ResponseBody):
             file=file,
             base=base,
             against=against,
+            columns=row.columns or None,
             status=row.status,
             progress=row.progress,
             error=row.error,
@@ -138,6 +141,6 @@ class FileReport(ResponseBody):
         )
 
 
-_STATE = {"object", "file", "base", "against", "status", "progress", "error", "created_at", "finished_at"}
+_STATE = {"object", "file", "base", "against", "columns", "status", "progress", "error", "created_at", "finished_at"}
 SAID = set(FileReport.model_fields) - _STATE
 """The fields that the stored report has."""

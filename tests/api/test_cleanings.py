@@ -48,6 +48,16 @@ def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: 
     assert (said["dropped"], said["changed"]) == (outcome["dropped"], outcome["changed"])
 
 
+def test_the_lineage_names_the_columns(team: Team, database: Database) -> None:
+    source, named = _upload(team), {"prompt": "Frage", "completion": "Antwort"}
+    made = team.http.post(f"/v1/files/{source}/clean", json={"recommended": True, "columns": named}).json()
+    assert team.http.get(f"/v1/files/{made['id']}/cleaning").json()["columns"] == named
+    with database.sessions.begin() as session:  # as the release before wrote it
+        row = session.get_one(FileCleaning, made["id"])
+        row.order = {name: value for name, value in row.order.items() if name != "columns"}
+    assert team.http.get(f"/v1/files/{made['id']}/cleaning").json()["columns"] is None
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -60,6 +70,10 @@ def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: 
         ({"recommended": True, "base": "nowhere"}, "nowhere"),
         ({"rows": {"drop": [0]}}, "counted from 1"),
         ({"held_out": {"share": 0.9}}, "0.5"),
+        ({"columns": {"prompt": "Frage", "completion": "Antwort"}}, "The request changes nothing"),
+        ({"recommended": True, "columns": {"prompt": "Frage"}}, "does not define a whole row"),
+        ({"recommended": True, "columns": {"prompt": "a", "completion": "a"}}, "names a column twice"),
+        ({"recommended": True, "columns": {"Frage": "prompt"}}, "Frage"),
     ],
 )
 def test_what_is_not_possible_is_said(team: Team, body: dict[str, object], said: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from teams import BASE, TRAIN, Team
 
 from api.schemas import reports as schemas
 from tunery.datasets import reports
-from tunery.datasets.model import File, FileReport
+from tunery.datasets.model import File, FileEvent, FileReport
 from tunery.datasets.report import maker
 from tunery.storage import open_storage
 
@@ -121,6 +122,96 @@ def test_each_base_and_comparison_has_a_report_of_its_own(
         asked = (BASE if "base" in query else "", session.get_one(File, other).sha256 if "against" in query else "")
     # The two that the uploads requested, and that of the query.
     assert sorted(found) == sorted([("", ""), ("", "")] + [asked] * bool(query))
+
+
+TABLE = "".join(["Frage,Antwort\n", *(f"Wie spät ist es in Ort {i}?,Um {i}.\n" for i in range(12))]).encode()
+NAMED = {"prompt": "Frage", "completion": "Antwort"}
+
+
+def test_a_table_with_other_columns_is_reported_by_those_that_are_named(
+    team: Team, database: Database, tmp_path: Path, base: str
+) -> None:
+    file_id, path = _upload(team, TABLE, "fragen.csv"), f"{tmp_path}/rows"
+    _finish(database, tmp_path, TABLE)
+    plain = team.http.get(f"/v1/files/{file_id}/report").json()
+    assert (plain["columns"], plain["trainable"], plain["examples"]) == (None, False, 0)
+    assert "'Frage', 'Antwort'" in plain["reason"]
+    assert "'columns'" in plain["reason"]
+
+    asked = "columns=prompt=Frage,completion=Antwort"
+    assert team.http.get(f"/v1/files/{file_id}/report?{asked}").json()["status"] == "queued"
+    # The order of the parts and spaces make no other report.
+    other = "columns=completion%3DAntwort, prompt %3D Frage"
+    assert team.http.get(f"/v1/files/{file_id}/report?{other}").json()["status"] == "queued"
+    with database.sessions.begin() as session:
+        (row,) = session.scalars(select(FileReport).where(FileReport.status == "queued"))
+        assert (row.columns, row.base, row.against) == (NAMED, "", "")
+        made = maker.make(Path(path), columns=row.columns)
+        open_storage(database.settings).put(f"{row.prefix}/report.json", json.dumps(made.as_dict()).encode())
+        reports.finish(session, row, summary=made.summary())
+    found = team.http.get(f"/v1/files/{file_id}/report?{asked}").json()
+    assert (found["columns"], found["status"], found["examples"], found["reason"]) == (NAMED, "ready", 12, None)
+    assert found["shape"].endswith("'Antwort' as the answer; other columns are not read")
+    assert set(found) == set(schemas.FileReport.model_validate(found, strict=True).model_dump())
+    page = team.http.get(f"/v1/files/{file_id}/report.html?{asked}").text
+    assert "&#39;Antwort&#39; as the answer; other columns are not read" in page
+
+    # The report that every file gets stays, and so does what the file says of it.
+    assert team.http.get(f"/v1/files/{file_id}/report").json() == plain
+    file = team.http.get(f"/v1/files/{file_id}").json()
+    assert (file["status"], file["report"]["trainable"]) == ("processed", False)
+    for more in (f"&base={base}", f"&against={_upload(team)}"):
+        assert team.http.get(f"/v1/files/{file_id}/report?{asked}{more}").json()["status"] == "queued"
+
+
+def test_a_report_by_columns_says_nothing_of_the_file(team: Team, database: Database) -> None:
+    """The file's verdict and its event are those of the report by its own names, whichever is made first."""
+    file_id = _upload(team, TABLE, "fragen.csv")
+    team.http.get(f"/v1/files/{file_id}/report?columns=text=Frage")
+    with database.sessions.begin() as session:
+        row = session.scalars(select(FileReport).where(FileReport.columns != {})).one()
+        reports.finish(session, row, summary={"trainable": False, "reason": "No.", "rows": 12, "findings": 0})
+    with database.sessions() as session:
+        assert session.scalars(select(FileEvent)).all() == []
+    file = team.http.get(f"/v1/files/{file_id}").json()
+    assert (file["status"], file["report"]["status"]) == ("processed", "queued")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ("prompt=Frage", "does not define a whole row"),
+        ("prompt=Frage,completion=Frage", "names a column twice"),
+        ("Frage", "write columns as part=column,part=column"),
+        ("question=Frage,completion=Antwort", "Extra inputs are not permitted"),
+        ("", "write columns as part=column,part=column"),
+    ],
+)
+def test_columns_that_name_no_rows_are_refused_in_the_same_words(
+    team: Team, database: Database, base: str, columns: str, said: str
+) -> None:
+    file_id = _upload(team, TABLE, "fragen.csv")
+    routes = (("report", {}), ("report.html", {}), ("preview", {"model": base}))
+    answers = [team.http.get(f"/v1/files/{file_id}/{at}", params={"columns": columns, **more}) for at, more in routes]
+    errors = [answer.json()["error"] for answer in answers]
+    assert [answer.status_code for answer in answers] == [400] * len(routes)
+    assert errors[0]["param"] == "columns"
+    assert said in errors[0]["message"]
+    assert errors == errors[:1] * len(routes)
+    with database.sessions() as session:
+        assert len(session.scalars(select(FileReport)).all()) == 1, "nothing was queued"
+
+
+def test_names_of_columns_may_be_long(team: Team) -> None:
+    """An entry of the index that finds a report holds 2,704 bytes at most."""
+    digits = [sha256(str(i).encode()).hexdigest() for i in range(40)]
+    parts = ("messages", "prompt", "completion", "system", "context", "history", "tools", "text", "chosen", "rejected")
+    named = {part: "".join(digits[4 * at : 4 * at + 4])[:200] for at, part in enumerate(parts)}
+    columns = ",".join(f"{part}={name}" for part, name in named.items())
+    file_id = _upload(team, TABLE, "fragen.csv")
+    for _ in range(2):
+        answer = team.http.get(f"/v1/files/{file_id}/report", params={"columns": columns})
+        assert (answer.status_code, answer.json()["columns"]) == (200, named)
 
 
 def test_what_has_no_report(team: Team) -> None:

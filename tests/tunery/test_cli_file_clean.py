@@ -57,6 +57,27 @@ def test_an_uploaded_file_is_cleaned_there(tunery: Run, api: str, database: Data
     assert (status != 0, "No row is left." in err) == (True, True), err
 
 
+def test_a_table_of_other_columns_is_cleaned_alike_here_and_there(
+    tunery: Run, api: str, database: Database, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "fragen.csv", tmp_path / "out.jsonl"
+    path.write_text("Frage,Antwort\nWo ist die Bank?,Links.\nwo ist die bank,Links.\nWer kommt heute mit?,Ich.\n")
+    chosen = ("--recommended", "--columns", "prompt=Frage,completion=Antwort", "-o", out)
+    status, _, err = tunery("files", "clean", path, *chosen)
+    here = out.read_bytes()
+    assert status == 0, err
+    assert [json.loads(line) for line in here.splitlines()] == [
+        {"Frage": "Wo ist die Bank?", "Antwort": "Links."},
+        {"Frage": "Wer kommt heute mit?", "Antwort": "Ich."},
+    ]
+    file_id = tunery("files", "upload", path)[1].strip()
+    (worker := threading.Timer(1, _work, (database, path))).start()
+    status, said, err = tunery("files", "clean", file_id, *chosen, "--json")
+    worker.join()
+    assert (status, json.loads(said)["columns"]) == (0, {"prompt": "Frage", "completion": "Antwort"}), err
+    assert out.read_bytes() == here
+
+
 def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(TRAIN)
@@ -68,6 +89,9 @@ def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Pat
         ((path, "--recommended", "-o", tmp_path / "o", "--against", path), "the same content"),
         (("nowhere.jsonl", "--recommended"), "nowhere.jsonl"),
         ((path, "--recommended"), "--output"),
+        ((path, "--columns", "prompt=a,completion=b", "-o", tmp_path / "o"), "--recommended"),
+        ((path, "--recommended", "--columns", "prompt=a", "-o", tmp_path / "o"), "whole row"),
+        ((path, "--recommended", "--columns", "prompt=a,completion=b", "-o", tmp_path / "o"), "none of the columns"),
         ((path, "--recommended", "-o", tmp_path / "o", "--against", "file-1"), "file-1"),
         ((path, "--drop", "repeated_elsewhere", "-o", tmp_path / "o"), "Upload"),
         ((path, "--drop", "answer_cut", "-o", tmp_path / "o"), "base"),

@@ -62,8 +62,30 @@ def test_columns_of_a_local_table_are_named(tunery: Run, tmp_path: Path) -> None
     assert (status, [one["kind"] for one in found["findings"]]) == (0, ["test_leak"]), err
     assert found["shape"].startswith("prompt/completion rows: 'Frage' as the user's message")
 
-    status, _, err = tunery("files", "report", "file-abc", *named)
-    assert (status, "only for a local file" in " ".join(err.replace("│", " ").split())) == (2, True)
+
+def test_columns_of_an_uploaded_table_are_named(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    table = tmp_path / "fragen.csv"
+    table.write_text("Frage,Antwort\nWo ist die Bank?,Links.\nwo ist die bank,Links.\n")
+    named = ("--columns", "prompt=Frage,completion=Antwort")
+    file_id = tunery("files", "upload", table)[1].strip()
+    worker = threading.Timer(1, _finish_by_columns, (database, table))
+    worker.start()
+    status, out, err = tunery("files", "report", file_id, *named, "--json")
+    worker.join()
+    found, here = json.loads(out), json.loads(tunery("files", "report", table, *named, "--json")[1])
+    assert (status, found["columns"]) == (0, {"prompt": "Frage", "completion": "Antwort"}), err
+    assert {name: found[name] for name in here} == here
+    assert [(one["kind"], one["lines"]) for one in found["findings"]] == [("near_duplicate", [1, 2])]
+    status, _, err = tunery("files", "report", file_id, "--columns", "prompt=Frage")
+    assert (status, "does not define a whole row" in " ".join(err.replace("│", " ").split())) == (2, True)
+
+
+def _finish_by_columns(database: Database, path: Path) -> None:
+    with database.sessions.begin() as session:
+        row = session.scalars(select(FileReport).where(FileReport.columns != {})).one()
+        made = maker.make(path, columns=row.columns)
+        open_storage(database.settings).put(f"{row.prefix}/report.json", json.dumps(made.as_dict()).encode())
+        reports.finish(session, row, summary=made.summary())
 
 
 def test_a_file_is_compared_with_another_by_paths_and_by_ids(

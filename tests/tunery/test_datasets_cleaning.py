@@ -26,6 +26,7 @@ from tunery.datasets.report.rows import read
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import InvalidValue
 from tunery.rows import readers
+from tunery.spec import Columns
 
 RECOMMENDED = Cleaning(recommended=True)
 
@@ -148,9 +149,54 @@ def test_roles_are_put_in_order_where_one_order_is_meant(tmp_path: Path, spoken:
         assert rows[0] == chat(*(text for _, text in said), roles=" ".join(role for role, _ in said))
 
 
+NAMED = Columns(prompt="Frage", completion="Antwort")
+
+
+@pytest.mark.parametrize("others", ["Frage,Antwort", "prompt,completion"])
+def test_rows_of_named_columns_are_cleaned_and_keep_them(tmp_path: Path, others: str) -> None:
+    """The same columns read the new file. The other file is read by its own names if it has none of these."""
+    path, other = tmp_path / "fragen.csv", tmp_path / "test.csv"
+    asked = ["Wer singt?", "wer singt", "Mail an ada@example.org?", "Wo ist Rom?", "Wie alt ist der Mond?", "Was?"]
+    said = ["Ada.", "Ada.", "Ja.", "Unten.", "Alt.", ""]
+    path.write_text(
+        "".join(["Frage,Antwort,id\n", *(f"{q},{a},{n}\n" for n, (q, a) in enumerate(zip(asked, said, strict=True)))])
+    )
+    other.write_text(f"{others}\nWo ist Rom?,Unten.\n")
+
+    done, rows = cleaned(path, Cleaning(recommended=True, columns=NAMED), against=other)
+
+    assert dropped(done) == [(2, "near_duplicate"), (4, "test_leak"), (6, "invalid_row")]
+    assert [(one.line, one.kind) for one in done.changed] == [(3, "pii")]
+    assert rows == [
+        {"Frage": "Wer singt?", "Antwort": "Ada.", "id": "0"},
+        {"Frage": "Mail an <EMAIL_ADDRESS>?", "Antwort": "Ja.", "id": "2"},
+        {"Frage": "Wie alt ist der Mond?", "Antwort": "Alt.", "id": "4"},
+    ]
+    assert [row.answer for row in read(tmp_path / "clean.jsonl", columns=NAMED.named)] == ["Ada.", "Ja.", "Alt."]
+
+
+def test_roles_of_a_named_conversation_are_put_in_order(tmp_path: Path) -> None:
+    """A column that is not named stays, also one whose name says messages."""
+    turns = chat("q", "q", "a", roles="user user assistant")["messages"]
+    unread = chat("x", "x", "y", roles="user user assistant")
+    rows = [{"Verlauf": turns, **unread}, *({"Verlauf": chat(f"what {w}?", w)["messages"]} for w in ("now", "then"))]
+    order = Cleaning(actions=[Action(kind="wrong_roles", action="fix")], columns=Columns(messages="Verlauf"))
+    done, kept = cleaned(written(tmp_path / "rows.jsonl", rows), order)
+    assert [(one.line, one.kind, one.after) for one in done.changed] == [(1, "wrong_roles", "user, assistant")]
+    assert kept == [{"Verlauf": turns[1:], **unread}, *rows[1:]]
+
+
+def test_columns_that_the_file_lacks_are_named(tmp_path: Path) -> None:
+    source = written(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}] * 3)
+    with pytest.raises(InvalidValue) as refused:
+        cleaned(source, Cleaning(held_out=HeldOut(), columns=NAMED))
+    assert refused.value.param == "columns"
+    assert "the row has none of the columns 'Frage', 'Antwort'. It has 'prompt'" in refused.value.message
+
+
 def test_roles_are_corrected_in_the_spelling_of_the_file() -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "human", "value": "q"}, {"from": "chatbot", "value": "a"}]
-    fixed = conversations.fix({"conversations": turns, "id": 1}, set())
+    fixed = conversations.fix({"conversations": turns, "id": 1}, set(), {})
     assert fixed == {
         "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
         "id": 1,

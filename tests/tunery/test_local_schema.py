@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
+from cloned_databases import Database
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
 
+from tunery.datasets.model import FileReport
+from tunery.keys import projects
 from tunery.local import paths, schema
 from tunery.local.postgres import Postgres
 
@@ -50,6 +56,26 @@ def test_a_migrations_file_is_named_after_its_date_and_revision() -> None:
         revision = re.search(r'^revision = "(\w+)"$', path.read_text(), re.MULTILINE)
         assert revision
         assert re.fullmatch(rf"\d{{4}}_\d\d_\d\d_{revision[1]}_\w+", path.stem), path.name
+
+
+def test_a_database_with_reports_by_columns_goes_back_to_the_release_before(database: Database) -> None:
+    """The release before has one report of a content, base and comparison: the plain one stays."""
+    with database.sessions.begin() as session:
+        project = projects.create_project(session, "p")
+        for columns in ({}, {"text": "a"}, {"text": "b"}):
+            session.add(FileReport(id=str(columns), project_id=project.id, sha256="x", version=1, columns=columns))
+            session.flush()
+    with pytest.raises(IntegrityError), database.sessions.begin() as session:
+        session.add(FileReport(id="twice", project_id=project.id, sha256="x", version=1, columns={"text": "b"}))
+    command.downgrade(schema._config(database.url), "0020")
+    with database.sessions.begin() as session:
+        assert session.scalars(text("SELECT id FROM file_reports")).all() == ["{}"]
+    kept = "project_id, sha256, base, against, version, status, progress, tries"
+    with pytest.raises(IntegrityError), database.sessions.begin() as session:
+        session.execute(text(f"INSERT INTO file_reports (id, {kept}) SELECT 'twice', {kept} FROM file_reports"))
+    schema.upgrade(database.url)
+    with database.sessions.begin() as session:
+        assert [report.columns for report in session.scalars(select(FileReport))] == [{}]
 
 
 @pytest.mark.slow  # three processes create all tables

@@ -14,7 +14,10 @@ from tunery.datasets.cleaning.order import Action, Cleaning, HeldOut
 from tunery.datasets.model import File, FileCleaning, FileReport
 from tunery.datasets.report.case import Finding
 from tunery.datasets.report.maker import Report
+from tunery.datasets.rules import check_examples
 from tunery.errors import InvalidValue
+from tunery.rows.encoding import find_encoder
+from tunery.spec import Columns, Supervised
 from tunery.storage.errors import StorageFailed
 from worker.io import cleaning, programs, reports
 from worker.supervisor.drain import Drain
@@ -157,6 +160,47 @@ def test_answers_that_a_base_found_implausible_go(workshop: Workshop) -> None:
     assert _row(workshop, FileCleaning, made).outcome["dropped"] == [
         {"line": 3, "kind": "implausible_output", "why": "Is odd."}
     ]
+
+
+def test_a_table_is_cleaned_by_named_columns_and_keeps_them(workshop: Workshop) -> None:
+    """The base counts and compares the same rows, and its findings are those of the report by the same columns."""
+    names, named = "Frage,Antwort,Nr", Columns(prompt="Frage", completion="Antwort")
+    lines = [f"Was kommt nach {i}?,{i + 1},{i}" for i in range(14)]
+    long = f"Wie weit ist es?,{'weit ' * 300},14"
+    source = workshop.file("\n".join([names, *lines, long]).encode())
+    test = workshop.file("\n".join([names, lines[4]]).encode())
+    kinds = ("test_leak", "answer_cut", "implausible_output")
+    actions = [Action(kind=kind, action="drop") for kind in kinds]
+    order = Cleaning(actions=actions, held_out=HeldOut(share=0.2), columns=named)
+    for columns, line in ((None, 7), (named, 9)):
+        with workshop.session() as session:
+            file = session.get_one(File, source)
+            report = file_reports.request(session, file, base=workshop.base_id, columns=columns)
+            found = [Finding("implausible_output", [line], 1.0, "Is odd.", "Read it.")]
+            workshop.storage.put(f"{report.prefix}/report.json", Report(15, found).as_json().encode())
+            file_reports.finish(session, report, summary={})
+        if columns is None:
+            with pytest.raises(InvalidValue, match="the same 'columns'"):
+                _ask(workshop, source, order, test, workshop.base_id)
+
+    made = _ask(workshop, source, order, test, workshop.base_id)
+    assert _work(workshop)
+
+    lineage = _row(workshop, FileCleaning, made)
+    assert lineage.outcome is not None, _row(workshop, File, made).status_details
+    assert {one["line"]: one["kind"] for one in lineage.outcome["dropped"]} == {
+        5: "test_leak",
+        9: "implausible_output",
+        15: "answer_cut",
+    }
+    parts = [_content(workshop, id) for id in (made, lineage.held_out_id)]
+    kept = [json.loads(line) for part in parts for line in part.splitlines()]
+    wanted = [line.split(",") for number, line in enumerate(lines, 1) if number not in (5, 9)]
+    assert sorted(kept, key=lambda row: int(row["Nr"])) == [
+        dict(zip(names.split(","), row, strict=True)) for row in wanted
+    ]
+    encoder = find_encoder(Supervised(), "training", named)
+    assert sum(check_examples([part], encoder=encoder, least=1).examples for part in parts) == 12
 
 
 def test_what_a_file_was_cleaned_into_repeats_nothing(workshop: Workshop) -> None:

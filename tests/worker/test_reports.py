@@ -13,6 +13,7 @@ from workshop import Workshop, training_rows
 
 from tunery.datasets import files, reports
 from tunery.datasets.model import File, FileEvent, FileReport
+from tunery.spec import Columns
 from worker.io import programs
 from worker.io import reports as io_reports
 from worker.supervisor.drain import Drain
@@ -157,6 +158,52 @@ def test_a_worker_for_io_makes_reports_by_itself(workshop: Workshop) -> None:
     workshop.start("io", TUNERY_FILE_REPORTS="true")
     workshop.file(training_rows(12))
     workshop.until(lambda: [row.status for row in _rows(workshop, FileReport)] == ["ready"], "the report is there")
+
+
+TABLE = "".join(["Frage,Antwort\n", *(f"Was kommt nach {i}?,{i + 1}\n" for i in range(12))]).encode()
+NAMED = Columns(prompt="Frage", completion="Antwort")
+
+
+@pytest.mark.parametrize("names", ["Frage,Antwort", "prompt,completion"])
+def test_a_report_reads_both_files_by_the_columns_that_are_named(
+    names: str, workshop: Workshop, report_all: Callable[[], int]
+) -> None:
+    """The other file by its own names if it has none of these columns. The base scores the same rows."""
+    other = TABLE.splitlines(keepends=True)[3:5]
+    ids = [workshop.file(TABLE), workshop.file(names.encode() + b"\n" + b"".join(other))]
+    with workshop.session() as session:
+        file, against = (session.get_one(File, id) for id in ids)
+        asked = reports.request(session, file, base=workshop.base_id, against=against.sha256, columns=NAMED).id
+    assert report_all() == 3
+    with workshop.session() as session:
+        report = session.get_one(FileReport, asked)
+    assert (report.status, report.error, report.summary["examples"]) == ("ready", None, 12)
+    found = _stored(workshop, report)
+    assert sorted(one["lines"] for one in found["findings"] if one["kind"] == "test_leak") == [[3], [4]]
+    assert found["figures"]["tokens"]["spreads"]["row"]["count"] == 12
+    assert found["figures"]["answers"]["judged"] == 12
+    assert "invalid_row" not in report.summary["counts"]
+
+
+def test_rows_that_are_read_by_columns_are_compared_with_other_files(
+    workshop: Workshop, report_all: Callable[[], int]
+) -> None:
+    """In both directions: a file's rows are those of its report by columns, if there is one."""
+    rows = TABLE.splitlines(keepends=True)
+    ids = [workshop.file(TABLE), workshop.file(b"prompt,completion\n" + b"".join(rows[5:8]))]
+    assert report_all() == 2
+    with workshop.session() as session:
+        table = reports.request(session, session.get_one(File, ids[0]), columns=NAMED).id
+    assert report_all() == 1
+    ids.append(workshop.file(b"question,answer\n" + rows[2]))
+    assert report_all() == 1
+    found = {report.id: _stored(workshop, report)["findings"] for report in _rows(workshop, FileReport)}
+    last = _rows(workshop, FileReport)[-1].id
+    elsewhere = {
+        id: [(one["lines"], one["against"]) for one in findings if one["kind"] == "repeated_elsewhere"]
+        for id, findings in found.items()
+    }
+    assert (elsewhere[table], elsewhere[last]) == ([([5, 6, 7], [1, 2, 3])], [([1], [2])])
 
 
 def test_another_report_counts_by_a_base_and_compares_with_a_file(

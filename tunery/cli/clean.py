@@ -14,7 +14,7 @@ from rich.text import Text
 from tunery import ids
 from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
-from tunery.cli.options import connect
+from tunery.cli.options import ColumnNames, connect, parse_columns
 from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such_file
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
 
@@ -60,6 +60,7 @@ def clean(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a row.")] = 2048,
+    columns: ColumnNames = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a file's rows to a new file, without duplicates, leaks, faults and personal data."""
@@ -70,8 +71,9 @@ def clean(
         rows=RowChoice(drop=drop_line or []),
         held_out=None if held_out is None else _held_out(held_out, seed),
         max_tokens=max_tokens,
+        columns=parse_columns(columns),
     )
-    if order == Cleaning(max_tokens=max_tokens):
+    if order == Cleaning(max_tokens=max_tokens, columns=order.columns):
         raise typer.BadParameter(_NOTHING)
     if Path(file).is_file():
         done, names = _clean_here(Path(file), target, order, existing("--against", against), existing("--base", base))

@@ -185,13 +185,11 @@ def report(
         said = make_report(Path(file), against, base=base, max_tokens=max_tokens, columns=named)
         name = Path(file).name
     elif file.startswith(ids.FILE):
-        if named is not None:
-            raise typer.BadParameter(f"--columns: only for a local file, and {file} is an uploaded one.")
         if against is not None and not against.startswith(ids.FILE):
             raise typer.BadParameter(
                 f"--against {against}: {file} is an uploaded file, so upload this one too and pass its id."
             )
-        said, name = fetch_report(connect(context), file, against=against, base=base), file
+        said, name = fetch_report(connect(context), file, against=against, base=base, columns=columns), file
     else:
         raise no_such_file(file)
     if html is not None:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from tunery.db import Base, creation_time
@@ -36,16 +36,21 @@ class File(Base):
     purged_at: Mapped[datetime | None]
 
 
+_CONTENT = ("project_id", "sha256", "base", "against")
+
+
 class FileReport(Base):
     """The report on a file content of a project; all files with the same bytes share it.
 
-    `base` is the model whose tokenizer counts, `against` the sha256 of the content to compare with; both are empty for
-    the report that every file gets. `tries` counts the workers that began it and is their fencing token.
+    `base` is the model whose tokenizer counts, `against` the sha256 of the content to compare with, `columns` those
+    that were named by part; all are empty for the report that every file gets. `tries` counts the workers that began it
+    and is their fencing token.
     """
 
     __tablename__ = "file_reports"
     __table_args__ = (
-        UniqueConstraint("project_id", "sha256", "base", "against"),
+        # A digest, as an entry of an index is at most 2,704 bytes long and the names of columns may be longer.
+        Index("uq_file_reports_content", *_CONTENT, text("md5(columns::text)"), unique=True),
         CheckConstraint("status IN ('queued', 'running', 'ready', 'failed')", name="status"),
         Index("ix_file_reports_waiting", "created_at", postgresql_where="status IN ('queued', 'running')"),
     )
@@ -55,6 +60,7 @@ class FileReport(Base):
     sha256: Mapped[str]
     base: Mapped[str] = mapped_column(default="")
     against: Mapped[str] = mapped_column(default="")
+    columns: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     version: Mapped[int]
     status: Mapped[str] = mapped_column(default="queued")
     progress: Mapped[float] = mapped_column(default=0.0)

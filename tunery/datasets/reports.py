@@ -12,6 +12,7 @@ from tunery.datasets.arrival import check_written
 from tunery.datasets.errors import NoReport
 from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
+from tunery.spec import Columns
 from tunery.storage import Storage
 
 VERSION = 5
@@ -28,12 +29,15 @@ _LOST = (
 # --- asking -------------------------------------------------------------------------------------------------------
 
 
-def request(session: Session, file: File, *, base: str = "", against: str = "") -> FileReport:
+def request(
+    session: Session, file: File, *, base: str = "", against: str = "", columns: Columns | None = None
+) -> FileReport:
     """Returns the report of a file's content, and queues it if it is new.
 
-    `base`: the id of the model whose tokenizer counts; `against`: the sha256 of the content to compare with.
+    `base`: the id of the model whose tokenizer counts; `against`: the sha256 of the content to compare with; `columns`:
+    by which both contents are read.
     """
-    key = {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": against}
+    key = _key(file, base, columns) | {"against": against}
     made = insert(FileReport).values(id=ids.new(ids.REPORT), version=VERSION, **key)
     session.execute(made.on_conflict_do_nothing())
     report = session.scalars(select(FileReport).filter_by(**key)).one()
@@ -45,6 +49,12 @@ def request(session: Session, file: File, *, base: str = "", against: str = "") 
         _tell_files(session, report)
     session.flush()
     return report
+
+
+def _key(file: File, base: str, columns: Columns | None) -> dict[str, Any]:
+    """Returns the values that identify a report which compares with no other file."""
+    named = {} if columns is None else columns.named
+    return {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": "", "columns": named}
 
 
 def _reset(report: FileReport) -> None:
@@ -61,16 +71,17 @@ def of_files(session: Session, files: Sequence[File]) -> dict[str, FileReport]:
             FileReport.sha256.in_({sha256 for _, sha256 in contents}),
             FileReport.base == "",
             FileReport.against == "",
+            FileReport.columns == {},
         )
     )
     by_content = {(report.project_id, report.sha256): report for report in found}
     return {file.id: report for file in files if (report := by_content.get((file.project_id, file.sha256))) is not None}
 
 
-def of_base(session: Session, file: File, base: str) -> FileReport | None:
+def of_base(session: Session, file: File, base: str, columns: Columns | None = None) -> FileReport | None:
     """Returns the file's report by a base that is ready, one that compares with no other file."""
-    key = {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": "", "status": READY}
-    return session.scalars(select(FileReport).filter_by(**key)).one_or_none()
+    key = _key(file, base, columns)
+    return session.scalars(select(FileReport).filter_by(**key, status=READY)).one_or_none()
 
 
 def check_reported(file: File) -> None:
@@ -128,7 +139,7 @@ def finish(
 
 
 def _is_plain(report: FileReport) -> bool:
-    return not report.base and not report.against
+    return not report.base and not report.against and not report.columns
 
 
 def _tell_files(session: Session, report: FileReport) -> None:
@@ -180,7 +191,8 @@ def others(session: Session, project_id: str, sha256: str, *, most: int = 20) ->
         .where(File.project_id == project_id, File.sha256 != sha256, File.deleted_at.is_(None))
         .where(~is_source, ~is_made)
         .where(FileReport.status == READY, FileReport.base == "", FileReport.against == "")
-        .order_by(File.created_at.desc())
+        # A report by columns follows the plain one and replaces it: by its own names the content may have no rows.
+        .order_by(File.created_at.desc(), (FileReport.columns == {}).desc(), FileReport.created_at)
         .limit(most)
     )
     by_content = {file.sha256: (file, found) for file, found in session.execute(query)}

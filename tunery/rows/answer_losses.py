@@ -4,13 +4,17 @@ from pydantic import BaseModel, ConfigDict
 
 
 class PlausibilityOrder(BaseModel):
-    """What is to be measured: at most `most_rows` rows of at most `max_tokens`, for about `seconds`."""
+    """What is to be measured: at most `most_rows` rows of at most `max_tokens`, for about `seconds`.
+
+    `columns`: see `FileShape`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_tokens: int
     most_rows: int
     seconds: float
+    columns: dict[str, str] = {}
 
 
 class AnswerLoss(BaseModel):

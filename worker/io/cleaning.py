@@ -61,17 +61,17 @@ def _release(file_id: str) -> None:
 
 def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: Storage) -> None:
     """Fills the process's folder."""
+    order = Cleaning.model_validate(cleaning.order)
     with db.transaction() as session:
         source = session.get_one(File, cleaning.source_id)
         against = session.get_one(File, cleaning.against_id) if cleaning.against_id else None
         base = session.get_one(Model, cleaning.base_id) if cleaning.base_id else None
         others = file_reports.others(session, source.project_id, source.sha256)
-        judged = file_reports.of_base(session, source, base.id) if base else None
+        judged = file_reports.of_base(session, source, base.id, order.columns) if base else None
     storage.fetch(source.key, folder / "rows", source.sha256)
     if against is not None:
         storage.fetch(against.key, folder / "against", against.sha256)
         others = [(file, report) for file, report in others if file.sha256 != against.sha256]
-    order = Cleaning.model_validate(cleaning.order)
     if judged is not None and any(one.kind == IMPLAUSIBLE for one in order.actions):
         (folder / "report.json").write_bytes(b"".join(storage.read(f"{judged.prefix}/report.json")))
     (folder / "cleaning_order.json").write_text(order.model_dump_json())

@@ -50,7 +50,7 @@ def _report(report_id: str, settings: Settings, storage: Storage, drain: Drain) 
     with programs.workplace(settings.runs_dir, "reporting", report_id, fail, partial(_release, report_id)) as folder:
         base, order = _lay_out(report, folder, settings, storage)
         if base is not None:
-            plausibility.measure(folder, base, order.max_tokens, settings, storage, drain)
+            plausibility.measure(folder, base, order, settings, storage, drain)
         reason = programs.run(
             ["tunery.datasets.report", str(folder)], folder, drain, what="report", seconds=SECONDS,
             watch=lambda: _show_progress(report_id, folder),
@@ -82,7 +82,7 @@ def _lay_out(report: FileReport, folder: Path, settings: Settings, storage: Stor
             if file is None:
                 raise ObjectMissing(key=sha256)
             storage.fetch(file.key, folder / name, sha256)
-    order = Order(compares=bool(report.against))
+    order = Order(compares=bool(report.against), columns=report.columns)
     lay_out_known(folder, settings, storage, order, base, others)
     return base, order
 

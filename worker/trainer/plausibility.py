@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,16 @@ def main(folder: Path) -> int:
     """Returns the exit status."""
     order = PlausibilityOrder.model_validate_json((folder / "plausibility.json").read_text())
     template = ChatTemplate.load(folder / "weights")
-    examples = _examples(folder / "rows", order.most_rows)
+    examples = _examples(folder / "rows", order.most_rows, order.columns)
     answers = [answer for line, example in examples if (answer := _encode(template, line, example, order.max_tokens))]
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "weights", dtype=torch.float32).eval()
     (folder / "losses.json").write_text(json.dumps(measure(model, template, answers, order.seconds)))
     return 0
 
 
-def _examples(path: Path, most: int) -> list[tuple[int, Example]]:
+def _examples(path: Path, most: int, columns: Mapping[str, str]) -> list[tuple[int, Example]]:
     """Returns at most `most` rows that a job would accept, in random order."""
-    shape = FileShape()
+    shape = FileShape(columns)
     found: list[tuple[int, Example]] = []
     with path.open("rb") as file:
         for source in readers.read(iter(lambda: file.read(_CHUNK), b"")):

@@ -14,7 +14,7 @@ from tunery.datasets.errors import NothingLeft
 from tunery.datasets.report import benchmark, length, maker, tokens
 from tunery.datasets.report.case import Finding
 from tunery.datasets.report.elsewhere import Other
-from tunery.datasets.report.rows import chunks, read
+from tunery.datasets.report.rows import chunks, has_columns, read, read_other
 from tunery.errors import InvalidValue
 
 
@@ -90,7 +90,7 @@ def clean(
         "others": others or (),
         "benchmark": benchmark.read(benchmark_folder) if benchmark_folder else frozenset(),
     }
-    more = [*(known or ()), *(_measure(source, base, order.max_tokens) if _has_template(base) else ())]
+    more = [*(known or ()), *(_measure(source, base, order) if _has_template(base) else ())]
     made = _plan(source, order, against, more, options, progress)
     left = made.left()
     apart = splits.hold_out(left, fraction=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
@@ -129,21 +129,24 @@ def _plan(
     options: Mapping[str, Any],
     progress: Callable[[float], object],
 ) -> Plan:
+    rows = read(source, maker.MOST, order.named)
+    if order.named and not has_columns(source, order.named):
+        raise InvalidValue(param="columns", reason=str(rows[0].fault))
     return plan.make(
-        read(source, maker.MOST),
-        lambda numbers: lines.read_rows(source, numbers),
+        rows,
+        lambda numbers: lines.read_rows(source, numbers, order.named),
         order,
-        against=read(against, maker.MOST) if against else (),
+        against=read_other(against, maker.MOST, order.named) if against else (),
         more=more,
         options=options,
         progress=progress,
     )
 
 
-def _measure(source: Path, base: Path, max_tokens: int) -> list[Finding]:
+def _measure(source: Path, base: Path, order: Cleaning) -> list[Finding]:
     """Finds the rows in which the base's tokenizer and template leave nothing, or only part of an answer, to learn."""
-    lengths = tokens.Lengths(base, max_tokens)
-    lengths.measure(chunks(source), maker.MOST)
+    lengths = tokens.Lengths(base, order.max_tokens)
+    lengths.measure(chunks(source), maker.MOST, order.named)
     return lengths.findings
 
 

@@ -1,7 +1,7 @@
 """Corrects the order of a conversation's messages where only one order is possible."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
 from tunery.datasets.report import texts
@@ -17,13 +17,14 @@ _SHAREGPT = {"user": "human", "assistant": "gpt"}
 _KEYS = ("messages", "conversations", "conversation")
 
 
-def fix(fields: dict[str, Any], answers: Collection[str]) -> dict[str, Any] | None:
+def fix(fields: dict[str, Any], answers: Collection[str], columns: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns a row's fields with its messages in order, in the file's own format; None if it has no messages.
 
-    `answers`: the squashed answers of other rows, by which an answer before its question is recognised.
-    The caller must check whether the result is in order.
+    `answers`: the squashed answers of other rows, by which an answer before its question is recognised. `columns`: see
+    `FileShape`. The caller must check whether the result is in order.
     """
-    key = next((key for key in _KEYS if isinstance(fields.get(key), list)), None)
+    keys = _KEYS if not columns else [columns["messages"]] if "messages" in columns else []
+    key = next((key for key in keys if isinstance(fields.get(key), list)), None)
     if key is None or not all(isinstance(message, dict) for message in fields[key]):
         return None
     speaker = "from" if any("from" in message for message in fields[key]) else "role"

@@ -1,7 +1,7 @@
 """Reads the lines of a file for cleaning: JSON Lines byte for byte, rows of other formats as JSON objects."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from tunery.rows import compression, readers
 from tunery.rows.compression import Expander
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import JSONL
+from tunery.rows.shapes import FileShape
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -20,9 +21,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((row.number, dump(row.fields)) for row in readers.read(chunks(path)) if row.fields is not None)
 
 
-def read_rows(path: Path, numbers: Collection[int]) -> Iterator[SourceRow]:
-    """Yields the rows with these numbers. Raises InvalidRows."""
-    return (row for row in readers.read(chunks(path)) if row.number in numbers)
+def read_rows(path: Path, numbers: Collection[int], columns: Mapping[str, str]) -> Iterator[SourceRow]:
+    """Yields the rows with these numbers, each with a shape of its own. Raises InvalidRows."""
+    chosen = (row for row in readers.read(chunks(path)) if row.number in numbers)
+    return (row._replace(shape=FileShape(columns)) for row in chosen)
 
 
 def dump(fields: dict[str, Any]) -> bytes:

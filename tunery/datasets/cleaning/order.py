@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunery.errors import InvalidValue
-from tunery.spec import Float, Int
+from tunery.spec import Columns, Float, Int
 
 ActionName = Literal["drop", "keep_one", "redact", "fix"]
 
@@ -29,8 +29,8 @@ _NOT_COMPARED = "Leaks are found by comparison. Name the test or validation file
 _NOT_MEASURED = "Tokens are counted by a base's tokenizer and chat template. Name the model in 'base'."
 _NOT_UPLOADED = "The server knows what the rows are compared with. Upload the file, and clean it by its id."
 _NOT_JUDGED = (
-    "Only a report that was made with a base names implausible answers. Request the file's report with this 'base', "
-    "and clean the file when the report is ready."
+    "Only a report that was made with a base names implausible answers. Request the file's report with this 'base' and "
+    "the same 'columns', and clean the file when the report is ready."
 )
 IMPLAUSIBLE = "implausible_output"
 """The kind that a base's report finds; a cleaning itself does not run a base."""
@@ -106,6 +106,12 @@ class Cleaning(BaseModel):
     rows: RowChoice = Field(RowChoice(), description="Actions on single rows, by line")
     held_out: HeldOut | None = Field(None, description="Moves a fraction of the rows to a second file")
     max_tokens: Int = Field(2048, ge=1, description="Token limit of a row")
+    columns: Columns | None = Field(None, description="The file's columns by part, if they have other names")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns by part; empty where rows are read by their own names."""
+        return {} if self.columns is None else self.columns.named
 
     def check(self, *, compared: bool, measured: bool, uploaded: bool, judged: bool) -> None:
         """Raises InvalidValue if an action is not possible, or nothing is to be done.

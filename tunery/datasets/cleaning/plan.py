@@ -159,7 +159,7 @@ def _redact(source: SourceRow) -> tuple[SourceRow, Changed] | None:
 
 
 def _fix(source: SourceRow, answers: set[str]) -> tuple[SourceRow, Changed] | None:
-    after = conversations.fix(source.load(), answers)
+    after = conversations.fix(source.load(), answers, source.shape.columns if source.shape else {})
     if after is None:
         return None
     fixed = source._replace(fields=after)

@@ -33,6 +33,7 @@ def main(folder: Path) -> int:
         max_tokens=order.max_tokens,
         benchmark_folder=Path(order.benchmark) if order.benchmark else None,
         losses=plausibility.read(folder / "losses.json"),
+        columns=order.columns,
         others=elsewhere.read(folder / "others", order.others),
         progress=lambda fraction: progress.write(folder, fraction),
     )

@@ -32,7 +32,7 @@ from tunery.datasets.report import (
 )
 from tunery.datasets.report.case import Case, Check, Finding, invalid_row
 from tunery.datasets.report.elsewhere import Other
-from tunery.datasets.report.rows import chunks, read
+from tunery.datasets.report.rows import chunks, read, read_other
 from tunery.datasets.report.verdict import Verdict
 from tunery.rows.answer_losses import AnswerLoss
 
@@ -128,14 +128,14 @@ def make(
     """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json, and with
     figures of tokens where it has a chat template too; `others`: files that the project has besides;
     `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `columns`:
-    see `FileShape`, of both files; `progress` is called with the share that is done.
+    see `FileShape`, of both files if `against` has them; `progress` is called with the share that is done.
 
     Raises InvalidRows where a file's bytes are not rows, CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
     judged = verdict.judge(lambda: chunks(path), least=1, columns=columns)
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
-    rows, known = read(path, MOST, columns), read(against, MOST, columns) if against else ()
+    rows, known = read(path, MOST, columns), read_other(against, MOST, columns) if against else ()
     case = Case(rows, known, max_tokens, count, others, asked, losses)
     find(case, progress=progress)
     figures: dict[str, Any] = {"diversity": diversity.figures(case), "languages": languages.figures(case)}

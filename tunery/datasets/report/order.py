@@ -12,10 +12,11 @@ class OtherFile(BaseModel):
 
 class Order(BaseModel):
     """`compares`: the folder has a file `against`. `base`: the name of the model whose texts are in `base` there.
-    `benchmark`: where the general benchmark lies."""
+    `benchmark`: where the general benchmark lies. `columns`: see `FileShape`."""
 
     compares: bool = False
     base: str | None = None
     max_tokens: int = 2048
     benchmark: str | None = None
     others: list[OtherFile] = []
+    columns: dict[str, str] = {}

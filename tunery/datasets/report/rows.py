@@ -90,6 +90,16 @@ def read(path: Path, most: int = sys.maxsize, columns: Mapping[str, str] | None 
     return rows
 
 
+def read_other(path: Path, most: int, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Returns the first rows of a file to compare with: by `columns` if it has any of them, else by its own names."""
+    return read(path, most, columns if columns and has_columns(path, columns) else None)
+
+
+def has_columns(path: Path, columns: Mapping[str, str]) -> bool:
+    """Whether a row of the file has one of the columns. Raises InvalidRows."""
+    return any(name in (row.fields or {}) for row in readers.read(chunks(path)) for name in columns.values())
+
+
 def chunks(path: Path) -> Iterator[bytes]:
     """A file's bytes."""
     with path.open("rb") as file:
@@ -102,7 +112,8 @@ def of_source(source: SourceRow) -> Row:
     try:
         return of_example(source.number, ANY_METHOD.parse(source, "training"))
     except InvalidTrainingFile as error:
-        return Row(source.number, tuple(_turns(source.fields)), str(error.fields["reason"]))
+        key = source.shape.columns.get("messages", "messages") if source.shape else "messages"
+        return Row(source.number, tuple(_turns((source.fields or {}).get(key))), str(error.fields["reason"]))
 
 
 def of_example(line: int, example: Example) -> Row:
@@ -120,9 +131,8 @@ def _turn(message: Message) -> Turn:
     return Turn(message.role, "\n".join(said), bool(calls))
 
 
-def _turns(fields: dict[str, Any] | None) -> Iterator[Turn]:
-    """What can be read of a row that is refused."""
-    messages = (fields or {}).get("messages")
+def _turns(messages: Any) -> Iterator[Turn]:
+    """What can be read of the messages of a row that is refused."""
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
             calls = bool(message.get("tool_calls") or message.get("function_call"))
