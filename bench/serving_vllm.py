@@ -10,8 +10,6 @@ numbers and a name of its own, so that vLLM holds and computes each.
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,9 @@ from bench import make_model, serving, serving_shape, train_side_by_side
 from bench.serving_shape import MIXED, ROUNDS, prompt, save_adapter, sites_of, weights_of
 from bench.shop import round_
 from tunery import processes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/fixtures"))
+import real_vllm
 
 BASE, FIRST = "base", 4
 """The base's name, and tokens of a short answer."""
@@ -96,36 +97,12 @@ def stages_of(server: Server, streams: int, tokens: int) -> serving_shape.Stages
 def running(base: Path, log: Path, site: Path | None, options: Sequence[str]) -> Iterator[str]:
     """Runs `vllm serve`; yields its address once it is up."""
     port = processes.free_port()
-    paths = [str(site)] * (site is not None) + [os.environ.get("PYTHONPATH", "")]
-    settings = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base), "--served-model-name", BASE]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*program, "--host", "127.0.0.1", "--port", str(port), "--enable-lora", *options],
-            env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        up = processes.wait_until(lambda: _is_up(url), seconds=400, alive=lambda: process.poll() is None, every=0.2)
-        if not up:
-            raise RuntimeError(log.read_text(errors="replace")[-6000:])
+    paths = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH", "")]))
+    settings = {"PYTHONPATH": paths, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    program = [sys.executable, "-m", real_vllm.MAIN, "serve", str(base), "--served-model-name", BASE]
+    program += ["--host", "127.0.0.1", "--port", str(port), "--enable-lora", *options]
+    with real_vllm.started(program, log, port, os.environ | settings) as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health", trust_env=False).is_success
-    except httpx2.HTTPError:
-        return False
 
 
 def write_adapter(base: Path, folder: Path, rank: int) -> Path:

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench import make_model
 from tunery import trainer_protocol as protocol
 from tunery.spec import Full, Lora, Plan, Qlora, Resources, Run
 
@@ -39,13 +40,6 @@ TECHNIQUES = {
     "qlora": (Qlora(), Qlora(dropout=0.1), 2e-4),
 }
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-
-
-def make_base(folder: Path) -> Path:
-    from bench import make_model
-
-    make_model.make(folder, "llama3-1b")
-    return folder
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -212,7 +206,7 @@ def main() -> int:
     a = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
-        base = a.base or make_base(Path(home) / "random-1b")
+        base = a.base or make_model.ready(Path(home), "llama3-1b")
         print(f"base {base} after {time.monotonic() - began:.0f} s", flush=True)
         # All at once: only losses are compared, and imports, loading and writing take most of a run.
         with ThreadPoolExecutor(len(a.techniques)) as pool:

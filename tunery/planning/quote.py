@@ -26,7 +26,8 @@ _OF_TOKENS: dict[Source, tuple[float, float]] = {"rows": (1.0, 1.0), "report": (
 _EARLY_ANSWERS = 0.35
 """The least share of the token limit that answers may have: a tuned model stops by itself."""
 _PARALLEL = {False: 0.92, True: 0.75}
-"""Share of the ideal speed-up of several GPUs, with a copy on each (False) or sharded (True). Assumed."""
+"""Share of the ideal speed-up of several GPUs, with a copy on each (False) or sharded (True). The first lies between
+what `bench.scaling` measured on two, 0.98 for adapters and 0.90 for full weights; the second is assumed."""
 
 
 class Range(BaseModel):
