@@ -48,7 +48,10 @@ def _event() -> dict[str, Any]:
     return {"body": body.decode(), "headers": headers, "secret": secret}
 
 
-@pytest.mark.parametrize(("version", "path"), [("3.", None), ("2.", OLDER)], ids=["newest", "2.x"])
+@pytest.mark.parametrize(
+    ("version", "path"),
+    [pytest.param("3.", None, id="newest"), pytest.param("2.", OLDER, id="2.x", marks=pytest.mark.slow)],
+)
 def test_every_listed_call(
     version: str,
     path: Path | None,

@@ -47,6 +47,7 @@ def next_release(tmp_path: Path) -> Release:
     return made
 
 
+@pytest.mark.slow
 def test_one_line_makes_an_option(next_release: Release, team: Team, base: str, database: Database) -> None:
     file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
     body = {"model": BASE, "training_file": file}

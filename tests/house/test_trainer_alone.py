@@ -44,6 +44,7 @@ def site(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_trainers_tests_need_the_packages_of_training_alone(root: Path, site: Path) -> None:
     assert not (site / "sqlalchemy").exists()
     assert not (site / "pytest_timeout.py").exists()

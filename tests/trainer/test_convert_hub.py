@@ -53,7 +53,7 @@ def test_a_hub_that_is_not_there_is_no_traceback(tmp_path: Path) -> None:
     ("source", "said"),
     [
         pytest.param("team/pickled", "pytorch_model.bin", marks=pytest.mark.slow),
-        ("team/none", "Check the name"),
+        pytest.param("team/none", "Check the name", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(

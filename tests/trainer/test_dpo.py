@@ -160,7 +160,11 @@ def test_losses_are_the_recorded_ones(tmp_path: Path, tiny: Path, ear: Ear) -> N
     assert losses_of(folder) == pytest.approx([0.69315, 0.63119, 0.62545, 0.25671, 0.25409, 0.41067], rel=1e-3)
 
 
-@pytest.mark.parametrize("technique", [Lora(r=4, alpha=8, dropout=0.1), Full()], ids=lambda t: t.type)
+@pytest.mark.parametrize(
+    "technique",
+    [Lora(r=4, alpha=8, dropout=0.1), pytest.param(Full(), marks=pytest.mark.slow)],
+    ids=lambda t: t.type,
+)
 def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, tiny: Path, technique: Lora | Full) -> None:
     """The reference comes from the snapshot: nothing else of the first attempt is in the new directory."""
     rate = {"learning_rate": 1e-2 if isinstance(technique, Lora) else 1e-3}

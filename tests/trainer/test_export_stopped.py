@@ -24,6 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.llama(tmp_path_factory.mktemp("stopped") / "base", bf16=True, never_said=tuple(range(6, 260)))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_exports_goes_on_and_ends_as_one_that_was_not(
     tmp_path: Path, base: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
 ) -> None:

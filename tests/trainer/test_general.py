@@ -230,7 +230,7 @@ def test_both_techniques_are_measured_against_the_same_base(tmp_path: Path, tiny
         assert found.tuned_nll == pytest.approx(found.base_nll + found.nll_change)
 
 
-@pytest.mark.parametrize("technique", [Lora(r=4), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("technique", [Lora(r=4), pytest.param(Full(), marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_a_run_stopped_while_measuring_goes_on(
     tmp_path: Path, tiny: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch, technique: Any
 ) -> None:

@@ -222,7 +222,9 @@ def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
 
 
 @pytest.mark.parametrize(
-    "technique", [Lora(r=4, dropout=0.2), Qlora(r=4), Full()], ids=["lora with dropout", "qlora", "full"]
+    "technique",
+    [pytest.param(Lora(r=4, dropout=0.2), marks=pytest.mark.slow), Qlora(r=4), Full()],
+    ids=["lora with dropout", "qlora", "full"],
 )
 @pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["killed", "asked to stop"])
 def test_broken_run_goes_on_to_the_bit(

@@ -130,6 +130,7 @@ def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Pa
     _fail_base(home)
 
 
+@pytest.mark.slow
 def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Path) -> None:
     shutil.rmtree(home / "logs")
     with running(home, TUNERY_LOG_LEVEL="warning") as up:

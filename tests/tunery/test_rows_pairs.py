@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.datasets.rules import check_examples
@@ -191,6 +191,7 @@ MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content", "from", 
 KEYS = st.sampled_from(["input", "preferred_output", "non_preferred_output", "prompt", "chosen", "rejected", "system"])
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(KEYS | TEXT, VALUES | MESSAGES | st.fixed_dictionaries({"messages": MESSAGES})))
 def test_any_row_is_read_or_refused(row: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidTrainingFile):

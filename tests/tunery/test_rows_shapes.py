@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.datasets.rules import check_examples
@@ -304,6 +304,7 @@ KEYS = st.sampled_from(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(KEYS | TEXT, VALUES | st.lists(st.dictionaries(TEXT, VALUES))))
 def test_any_row_is_read_or_refused(row: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidTrainingFile):

@@ -52,7 +52,8 @@ def test_a_paused_job_resumes_where_it_stood_and_its_cancellation_kills_the_trai
     assert workshop.story(job_id) == events
 
 
-@pytest.mark.parametrize("broker", ["with a broker", pytest.param("without one", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("broker", ["with a broker", "without one"])
 def test_a_worker_that_is_asked_to_stop_saves_and_requeues(
     broker: str, workshop: Workshop, request: pytest.FixtureRequest
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from sqlalchemy import select
 from workshop import Workshop, training_rows
 
@@ -17,6 +18,7 @@ def pairs(count: int, first: int = 0) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in made)
 
 
+@pytest.mark.slow
 def test_a_job_learns_to_prefer(workshop: Workshop) -> None:
     workshop.start("io")
     workshop.start("train")
