@@ -211,6 +211,8 @@ def test_roles_are_corrected_in_the_spelling_of_the_file() -> None:
         "DE89370400440532013000",
         "536-90-4399",
         "+44 20 7946 0123",
+        "(415) 555-0132",
+        "gb82 west 1234 5698 7654 32",
         "ghp_" + "a1B2" * 9,
         "sk_live_" + "a1B2c3" * 4,
         "AKIA" + "QRSTUVWX23456723",

@@ -31,10 +31,11 @@ from tunery.datasets.report import (
     truncation,
 )
 from tunery.datasets.report.case import Case, Check
-from tunery.datasets.report.rows import Row, Turn, read
+from tunery.datasets.report.rows import Row, Turn, of_source, read
 from tunery.rows.answer_losses import AnswerLoss
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import parse_row
+from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
 LABELS = ("refund", "card lost", "change pin")
@@ -117,7 +118,15 @@ def test_empty_answers(answer: str) -> None:
         ("call +44 7700 900738 now", "a phone number"),
         ("card 4111 1111 1111 1111, please", "a card number"),
         ("pay GB82 WEST 1234 5698 7654 32 TODAY", "an account number"),
+        ("card 4111\u00a01111\u00a01111\u00a01111, please", "a card number"),
+        ("pay gb82 west 1234 5698 7654 32 today", "an account number"),
+        ("pay DE89-3704-0044-0532-0130-00 today", "an account number"),
+        ("pay DE89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000 today", "an account number"),
+        ("pay BE68 5390 0754 7034 today", "an account number"),
         ("my number is 373-35-1954.", "a social security number"),
+        ("my social security number is 373-35-1954.", "a social security number"),
+        ("the passwort ist Geheim123!", "a key or password"),
+        ("api_key = '9f8a7b6c5d4e3f2a1b0c'", "a key or password"),
         ("key AKIAIOSFODNN7EXAMPLQ is set", "a key or password"),
         (f"token ghp_{'a1B2' * 9}", "a key or password"),
         ("-----BEGIN RSA PRIVATE KEY-----", "a key or password"),
@@ -136,10 +145,30 @@ def test_personal_data(text: str, kind: str) -> None:
         "1234567890123 and 100 + 200 = 300",
         "def some_long_function_name_with_words(argument): return 1",
         "GB00WEST12345698765432",
+        "order an12 words of the text that are long enough to be read",
+        "API_KEY=your_api_key_123456 and api_key = get_key_of_user1(abc)",
     ],
 )
 def test_no_personal_data(text: str) -> None:
     assert list(privacy.kinds_in(text)) == []
+
+
+def test_personal_data_in_every_part_of_a_row() -> None:
+    """A system message, a call's arguments, a rejected answer and the columns of Alpaca are searched alike."""
+    said = "Call 020 7946 0018 or log in, the password is hunter2."
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({"note": said})}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    found = [
+        {"messages": [{"role": "system", "content": said}, *chat]},
+        {"messages": [*turns, {"role": "tool", "tool_call_id": "c", "content": "r"}, chat[1]]},
+        {"messages": [*turns[:1], {"role": "assistant", "content": said}]},
+        {"prompt": "q", "chosen": "a", "rejected": said},
+        {"instruction": "q", "input": said, "output": "a"},
+    ]
+    rows = [of_source(SourceRow(at, one, shape=FileShape())) for at, one in enumerate(found, 1)]
+    why = "Contains a phone number and a key or password."
+    assert [(one.lines, one.why) for one in privacy.find(Case(rows))] == [([at], why) for at in range(1, 6)]
 
 
 def test_a_key_in_a_long_line_is_found_where_it_is() -> None:

@@ -4,25 +4,20 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import phonenumbers
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-from phonenumbers import Leniency, PhoneNumberMatcher
 from stdnum import iban, luhn
 from stdnum.us import ssn
+
+from tunery.datasets.report import passwords, phones
 
 if TYPE_CHECKING:
     from tunery.datasets.report.case import Case, Finding
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
-_CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]){11,30}\b")
+_CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ \u00a0-]?\d){9,15}(?![\w-]|[.,]\d)")
+_IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ \u00a0-]?[A-Za-z\d]){11,30}\b")
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
-_PHONE = re.compile(r"(?<![\w.,/*=-])(?:\+|\(?\d)[\d\s().-]{6,}\d(?![\w*/=-])")
-_OFFICE = "US"
-"""The assumed country of phone numbers without a country code."""
-_DIGITS = 10
-"""Minimum digits of a number of that country, or of another one that is dialled from there."""
-_NUMBER = re.compile(r"[+\d][\d\s().-]{6,}\d|[A-Z]{2}\d{2}")
+_NUMBER = re.compile(r"[+\d][\d\s()./-]{5,}\d")
 """What every phone, card, account and social security number has, so that few texts are searched for each of them."""
 _KEY = re.compile(
     r"(?<![A-Za-z0-9_/+=.-])(?=[a-z/.-]*[A-Z0-9_+=])[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/:]+:[^\s/@]+@"
@@ -44,6 +39,12 @@ _GUESSING = frozenset(
 _MORE_KEYS = re.compile(
     r"\b(?:sk-(?:ant-|proj-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|AIza[\w-]{35}|github_pat_\w{22,}|glpat-[\w-]{20,})"
 )
+_NAMED_KEY = re.compile(
+    r"(?:api|access|secret|auth|client|private)[ _-]?(?:key|token|secret)[\"']?(?:\s*[:=]\s*|\s+is:?\s+)[\"'`\u201c]?"
+    r"(?P<key>(?=[A-Za-z_+/=.-]*\d)(?=[\d_+/=.-]*[A-Za-z])(?!(?i:your|example|xxx))[A-Za-z0-9_+/=.-]{16,})(?![(\[])",
+    re.IGNORECASE,
+)
+"""A long value with letters and digits after a name such as `api_key`."""
 EMAIL, CARD, ACCOUNT = "an e-mail address", "a card number", "an account number"
 SSN, PHONE, KEY = "a social security number", "a phone number", "a key or password"
 _ACTION = "Replace it with a made-up value, or drop the row."
@@ -80,6 +81,7 @@ def places_in(text: str) -> Iterator[Place]:
         yield from _numbers_in(text)
     if _KEY.search(text):
         yield from _secrets_in(text)
+    yield from (Place(begin, end, KEY) for begin, end in passwords.find(text))
 
 
 def _numbers_in(text: str) -> Iterator[Place]:
@@ -88,7 +90,7 @@ def _numbers_in(text: str) -> Iterator[Place]:
         if size := _account_size(match[0]):
             yield Place(match.start(), match.start() + size, ACCOUNT)
     yield from (Place(*match.span(), SSN) for match in _SSN.finditer(text) if ssn.is_valid(match[0]))
-    yield from (Place(*match.span(), PHONE) for match in _PHONE.finditer(text) if _is_phone(match[0]))
+    yield from (Place(begin, end, PHONE) for begin, end in phones.find(text))
 
 
 def _secrets_in(text: str) -> Iterator[Place]:
@@ -119,21 +121,13 @@ def _is_card(text: str) -> bool:
 def _account_size(text: str) -> int:
     """Returns the length of the account number at a text's beginning, or 0. The text may include capitalised words
     after the number."""
-    parts = text.split(" ")
-    found = (count for count in range(len(parts), 0, -1) if iban.is_valid("".join(parts[:count])))
-    return len(" ".join(parts[: next(found, 0)]))
+    ends = [match.start() for match in re.finditer(r"[ \u00a0-]|$", text)]
+    return next((end for end in reversed(ends) if _is_account(text[:end])), 0)
 
 
-def _is_phone(text: str) -> bool:
-    if text.startswith("+"):
-        # Also numbers that a country keeps for films: who makes up data takes them, and a check must find them.
-        return any(True for _ in PhoneNumberMatcher(text, None, leniency=Leniency.POSSIBLE))
-    if sum(map(str.isdigit, text)) < _DIGITS or not re.search(r"\d[ ().-]+\d", text):
-        return False
-    return any(
-        phonenumbers.is_valid_number(match.number)
-        for match in PhoneNumberMatcher(text, _OFFICE, leniency=Leniency.STRICT_GROUPING)
-    )
+def _is_account(text: str) -> bool:
+    # Whether there is such a bank does not matter: it is unknown for most countries, and made-up numbers count too.
+    return iban.is_valid(re.sub(r"[ \u00a0-]", "", text), check_country=False)
 
 
 _CLASSES: dict[str, Any] = get_mapping_from_secret_type_to_class()
@@ -143,6 +137,7 @@ _DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _
 def _secrets_of(line: str) -> Iterator[tuple[int, int]]:
     """Yields the begin and end of each secret in a line or a part of one."""
     yield from (match.span() for match in _MORE_KEYS.finditer(line))
+    yield from (match.span("key") for match in _NAMED_KEY.finditer(line))
     for detector in _DETECTORS:
         if any(True for _ in detector.analyze_string(line)):
             # What the detector gives back is a group of its pattern, for some keys their first letters alone.

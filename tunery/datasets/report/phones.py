@@ -1,0 +1,150 @@
+"""Finds phone numbers: international ones by their code, national ones by their form or a word such as `call` there.
+
+A text's language says little about the country of a number in it, as support is given in English everywhere. So a
+number counts if it is valid in any of the regions below, and a word must be there where its form alone is not enough.
+"""
+
+import re
+from collections.abc import Iterator
+
+import phonenumbers
+from phonenumbers import Leniency, NumberParseException, PhoneNumberMatcher
+
+_INTERNATIONAL = re.compile(r"(?<![\w/*=-])\+[\d\s().-]{6,}\d(?![\w*/=-])")
+_NATIONAL = re.compile(
+    r"""(?<![A-Za-z0-9_.,/*+$€£¥₹\#-]) (?<![\d$€£¥₹][ \u00a0]) (?<!\d\)[ \u00a0])
+    (?: \(\d{1,6}\) | \d{1,6} )
+    (?: [ \u00a0.-]? | [ \u00a0]?/[ \u00a0]? ) \d{2,8}
+    (?: [ \u00a0.-] \d{2,5} ){0,4}
+    (?! [A-Za-z0-9_*=%°$€£¥₹] | -[A-Za-z] | [ \u00a0]? [-+*/.,:=] [ \u00a0]? \d | [ \u00a0] [\d$€£¥₹%°+*=] )""",
+    re.VERBOSE,
+)
+_LEAST, _LEAST_OF_FORM, _MOST = 7, 9, 15
+"""Digits of a number, and of one that is known by its form alone."""
+
+_OFFICE = "US"
+_TRUNK = ("GB", "FR", "DE", "NL", "AU", "JP", "CH", "AT", "IE", "ZA", "SE", "KR", "BE", "NZ", "IT", "TR")
+"""Regions in which a national number begins with 0."""
+_REGIONS = (
+    *("US", *_TRUNK, "ES", "PT", "PL", "MX", "BR", "IN", "CN", "CZ", "DK", "NO", "FI", "GR", "SG", "HK", "TW"),
+    *("AR", "CL", "CO", "PE", "IL", "AE", "RU", "UA", "HU", "RO", "TH", "MY", "ID", "PH", "VN", "NG", "KE", "EG"),
+)
+_MADE_UP = re.compile(r"1?[2-9]\d\d55501\d\d|07700900\d{3}|01632960\d{3}")
+"""Ranges that the United States and Britain keep for films, from which made-up data are taken."""
+_LOCAL = re.compile(r"[2-9]\d\d[ .-]\d{4}")
+"""A number of the United States without its area code."""
+_NO_PHONE = re.compile(
+    r"""(?:19|20)\d\d[-./ ]\d\d?[-./ ]\d\d?\b.*  # a date
+    | \d\d?[-./ ]\d\d?[-./ ](?:19|20)\d\d\b.*
+    | \d{3}-\d\d-\d{4}  # a social security number
+    | \(?(?:1\d|20)\d\d\)?(?:[ -]+(?:1\d|20)?\d\d)+  # years
+    | \d{1,3}(?:\.\d{1,3}){3}  # an address of a computer
+    | \d{1,2}\.\d+ | [1-9]\d*\.\d+  # a decimal number
+    | [1-9]\d{0,2}(?:\.\d{3})+  # an amount
+    """,
+    re.VERBOSE,
+)
+_RANGE = re.compile(r"\d+|\d{1,5} ?[-/] ?\d{1,5}|[1-9]\d{0,2}(?:[ \u00a0]\d{3})+")
+"""Digits that are as likely a count, a range or an amount."""
+_DIFFERENT = 3
+"""Least different characters of a number."""
+
+_NUMBER = r"(?:[ _-]?(?:numbers?|numéro|nummer|n[or]|\#|n°))?"
+_PHONES = (
+    r"(?:(?:tele|cell)?phones?|tel|cell|mobile|landline|fax|hotline|helpline|(?:direct|phone)\ line|whatsapp|sms"
+    r"|contact\ (?:number|no)|toll[ -]free|telefon\w*|handy(?:s|nummer)?|mobil(?:nummer|funk\w*|telefon\w*|nr)?"
+    r"|rufnummer|festnetz\w*|durchwahl|faxnummer|téléphone|tél|portable|télécopie|teléfono\w*|móvil|celular|fijo"
+    r"|cellulare|telefone|telemóvel|telefoon\w*|mobiele?|gsm|komórk\w*|puhelin\w*|cep|телефон\w*|тел)" + _NUMBER
+)
+_CALLS = (
+    r"(?:call(?:s|ing|back)?|dial(?:ed|led|ing|ling)?|ring(?:ing)?|text(?:ing)?|reach(?:ed|able|ing)?"
+    r"|contact\w*|anruf\w*|ruf(?:e|en|t)?|angerufen|erreich\w*|meld\w*|appel\w*|rappel\w*|join(?:dre|able|ables)"
+    r"|llam\w*|chiam\w*|richiam\w*|contatt\w*|lig(?:ar|ue|uem)|bel(?:len|t)?|bereik\w*|(?:za)?dzwo\w*)"
+)
+_NUMBERS = r"(?:numbers?|nummer|numéro|número|numero|numer)"
+_OTHERS = (
+    r"(?:order|account|acct|invoice|ticket|case|reference|ref|tracking|serial|model|policy|member(?:ship)?|booking"
+    r"|confirmation|reservation|transaction|parcel|shipment|product|article|item|part|batch|version|build|port|card"
+    r"|credit|debit|iban|bic|swift|passport|licen[cs]e|social\ security|ssn|vat|tax|isbn|issn|doi|sku|imei|ip|pin|otp"
+    r"|code|zip|postcode|pages?|pp|years?|date|population|amount|total|price|costs?|balance|sum|vol|volume|grid"
+    r"|coordinates?|latitude|longitude|lat|lon|customer\ (?:number|no|id)|bestell(?:ung|nummer|nr)|kunden(?:nummer|nr)"
+    r"|rechnung(?:snummer|snr)?|konto(?:nummer|nr)?|vorgang(?:snummer)?|sendung(?:snummer)?|artikel(?:nummer|nr)?"
+    r"|auftrag(?:snummer)?|vertrag(?:snummer)?|betrag|preis|karte(?:nnummer)?|commande|facture|compte|dossier|colis"
+    r"|contrat|carte|montant|pedido|factura|cuenta|contrato|tarjeta|importe|ordine|fattura|conto|contratto|carta"
+    r"|importo|encomenda|fatura|conta|bestelling|factuur|rekening|klantnummer|zamówieni\w*|faktur\w*)"
+    + _NUMBER
+    + r"(?![ _-](?:services?|support|care|manager|line|desk|department|team|centre|center|holder))"
+)
+_WORDS = re.compile(
+    rf"(?<![^\W_])(?:(?P<other>{_OTHERS})|(?P<phone>{_PHONES})|(?P<number>{_NUMBERS})|(?P<call>{_CALLS}))(?![^\W_])"
+    r"|(?P<sign>電話|电话|手机|手機|携帯|ファックス|联系方式|전화|휴대폰|연락처|फ़ोन|मोबाइल|هاتف|جوال|☎|📞|📱)",
+    re.IGNORECASE | re.VERBOSE,
+)
+_FOLLOWS = re.compile(
+    rf"[ ,]{{0,2}}\(?(?:(?:is|it's|was|ist|est|es|è|é)[ ])?(?:\w{{1,20}}[ ]){{0,2}}{_PHONES}(?![^\W_])",
+    re.IGNORECASE | re.VERBOSE,
+)
+_NAMES = frozenset({"phone", "sign"})
+_BEFORE = 60
+"""Characters before a number in which a word counts."""
+_END = re.compile(r"[.!?]\s+(?=[^\W\d_a-zà-ÿ])|;\s|(?<!:)\n|<[A-Z_]+>")
+"""Ends of sentences and lines, after which a word counts no more; a placeholder of a redaction is no word either."""
+
+
+def find(text: str) -> Iterator[tuple[int, int]]:
+    """Yields where the phone numbers of a text begin and end."""
+    yield from (match.span() for match in _INTERNATIONAL.finditer(text) if _is_possible(match[0]))
+    for match in _NATIONAL.finditer(text):
+        begin, end = match.span()
+        digits = sum(map(str.isdigit, match[0]))
+        if _LEAST <= digits <= _MOST and not _NO_PHONE.fullmatch(match[0]) and _is_phone(text, begin, end):
+            yield begin, end
+
+
+def _is_possible(text: str) -> bool:
+    # Also numbers that a country keeps for films: who makes up data takes them, and a check must find them.
+    return any(True for _ in PhoneNumberMatcher(text, None, leniency=Leniency.POSSIBLE))
+
+
+def _has_its_form(number: str) -> bool:
+    """Whether a number is grouped as in its region, so that it can hardly be another one."""
+    digits = re.sub(r"\D", "", number)
+    if len(digits) < _LEAST_OF_FORM or digits == number:
+        return False
+    if _MADE_UP.fullmatch(digits):
+        return True
+    regions = _TRUNK if digits[0] == "0" else (_OFFICE,) if len(digits) > 9 else ()
+    return any(_is_valid_in(region, digits) and _is_grouped_as_in(region, number) for region in regions)
+
+
+def _is_grouped_as_in(region: str, number: str) -> bool:
+    return any(True for _ in PhoneNumberMatcher(number, region, leniency=Leniency.STRICT_GROUPING))
+
+
+def _is_phone(text: str, begin: int, end: int) -> bool:
+    """Whether the digits there are a phone number, by their form or by the words beside them."""
+    number, before = text[begin:end], text[max(0, begin - _BEFORE) : begin]
+    said = [match.lastgroup for match in _WORDS.finditer(_END.split(before)[-1])]
+    is_named = bool(said) and (said[-1] in _NAMES or ("other" not in said and bool(_NAMES & {*said})))
+    if said and said[-1] == "other" and not {*_NAMES, "number"} & {*said}:
+        return False
+    if _has_its_form(number) or (is_named and _LOCAL.fullmatch(number)):
+        return True
+    is_named = is_named or (not said and _FOLLOWS.match(text, end) is not None)
+    is_called = bool(said) and "other" not in said and not _RANGE.fullmatch(number)
+    return (is_named or is_called) and len(set(number)) >= _DIFFERENT and _is_valid(number)
+
+
+def _is_valid(number: str) -> bool:
+    """Whether a number is valid in any region, or kept for films."""
+    digits = re.sub(r"\D", "", number)
+    if _MADE_UP.fullmatch(digits):
+        return True
+    return any(_is_valid_in(region, digits) for region in _REGIONS)
+
+
+def _is_valid_in(region: str, digits: str) -> bool:
+    try:
+        return phonenumbers.is_valid_number(phonenumbers.parse(digits, region))
+    except NumberParseException:  # what may be another country's code is none
+        return False
