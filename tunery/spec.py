@@ -344,7 +344,12 @@ class Columns(Part):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The columns that `prompt=Frage,completion=Antwort` names. Raises ValueError, a ValidationError among them."""
+        """The columns that `prompt=Frage,completion=Antwort` names, or a JSON object, as names may have commas.
+
+        Raises ValueError, a ValidationError among them.
+        """
+        if text.startswith("{"):
+            return cls.model_validate_json(text)
         pairs = [pair.partition("=") for pair in text.split(",")]
         if not all(part.strip() and name.strip() for part, _, name in pairs):
             raise ValueError("write columns as part=column,part=column, such as prompt=Frage,completion=Antwort")
@@ -354,6 +359,13 @@ class Columns(Part):
     def named(self) -> dict[str, str]:
         """The columns that are given, by part."""
         return self.model_dump(exclude_none=True)
+
+    @property
+    def spelled(self) -> str:
+        """The columns as `parse` reads them."""
+        if any("," in name or name != name.strip() for name in self.named.values()):
+            return self.model_dump_json(exclude_none=True)
+        return ",".join(f"{part}={name}" for part, name in self.named.items())
 
     @model_validator(mode="after")
     def _makes_rows(self) -> "Columns":
@@ -365,6 +377,11 @@ class Columns(Part):
         if len(set(given.values())) < len(given):
             raise ValueError("names a column twice: give each part its own column")
         return self
+
+
+def named_columns(columns: Columns | None) -> dict[str, str]:
+    """The columns by part; empty where rows are read by their own names."""
+    return {} if columns is None else columns.named
 
 
 _WHOLE_ROWS = ({"messages"}, {"text"}, {"prompt", "completion"}, {"chosen", "rejected"})

@@ -8,7 +8,7 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy.orm import Session
 
 from api import serving_rates
-from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
+from api.dependencies import CallerDep, ColumnsDep, SessionDep, SettingsDep, StorageDep
 from api.json_route import JsonRoute
 from api.schemas import advice as schemas
 from api.schemas.base import errors
@@ -60,7 +60,7 @@ def give_advice(
     meets it."""
     given = _advise(session, caller, settings, storage, body)
     return schemas.AdviceAnswer(
-        **body.model_dump(include={"file", "model", "aim", "validation_file", "baseline"}),
+        **body.model_dump(include={"file", "model", "aim", "validation_file", "baseline", "columns"}),
         status=given.report.status,
         progress=given.report.progress,
         error=given.report.error,
@@ -84,6 +84,7 @@ def show_advice(
     caller: CallerDep,
     settings: SettingsDep,
     storage: StorageDep,
+    columns: ColumnsDep,
     model: Annotated[str, Query(min_length=1, description="A base or fine-tuned model")],
     aim: Annotated[Aim, Query(description="What the model should learn")],
     validation_file: Annotated[
@@ -92,7 +93,9 @@ def show_advice(
     baseline: Annotated[str | None, Query(min_length=1, description="A baseline whose table is shown")] = None,
 ) -> HTMLResponse:
     """The advice as a self-contained page, which reloads until the report is ready."""
-    asked = schemas.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)
+    asked = schemas.AskAdvice(
+        file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline, columns=columns
+    )
     given = _advise(session, caller, settings, storage, asked)
     state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}
     measured = [verdict.cells(row) for row in given.rows]
@@ -115,13 +118,13 @@ def _advise(session: Session, caller: Caller, settings: Settings, storage: Stora
     file = files.find(session, caller.project_id, body.file, param="file")
     baseline = _baseline(session, caller.project_id, body.baseline, model)
     rows = [] if baseline is None else table.rows(session, baseline, settings)
-    report = _report(session, caller.project_id, file, body.validation_file)
+    report = _report(session, caller.project_id, file, body)
     if report.status != reports.READY or report.summary is None:
         return _Given(file, report, None, rows)
     base = model if model.base_id is None else session.get_one(Model, model.base_id)
     devices = leases.devices(session)
     said = advisor.advise(
-        advisor.rows_of(report.summary, rates.of_file(storage, base, file)),
+        advisor.rows_of(report.summary, rates.of_file(storage, base, file, body.columns)),
         body.aim,
         model_info=model.model_info,
         technique=body.technique,
@@ -145,11 +148,11 @@ def _baseline(session: Session, project_id: str, id: str | None, model: Model) -
     return found
 
 
-def _report(session: Session, project_id: str, file: File, against: str | None) -> FileReport:
+def _report(session: Session, project_id: str, file: File, body: schemas.AskAdvice) -> FileReport:
     """The file's report, compared with another file where one is named. Raises NotFound, NoReport, WrongState."""
     reports.check_reported(file)
-    if against is None:
-        return reports.request(session, file)
-    other = files.find(session, project_id, against, param="validation_file")
+    if body.validation_file is None:
+        return reports.request(session, file, columns=body.columns)
+    other = files.find(session, project_id, body.validation_file, param="validation_file")
     reports.check_reported(other)
-    return reports.request(session, file, against=other.sha256)
+    return reports.request(session, file, against=other.sha256, columns=body.columns)

@@ -122,7 +122,7 @@ def export_model(body: schemas.AskExport, model: str, session: SessionDep, calle
         files.check_trainable(
             files.find(session, caller.project_id, body.rows_file, param="rows_file"), param="rows_file"
         )
-    exports.ask(session, row, body.export, body.rows_file)
+    exports.ask(session, row, body.export, body.rows_file, body.columns)
     return schemas.ModelExport.of(row)
 
 
@@ -143,7 +143,7 @@ def score_model(
     if (name := body.evaluation.test_file) is not None:
         param = "evaluation.test_file"
         files.check_trainable(files.find(session, caller.project_id, name, param=param), param=param)
-    scores.ask(session, row, body.evaluation)
+    scores.ask(session, row, body.evaluation, body.columns)
     return schemas.ModelScorecard.of(row)
 
 

@@ -10,7 +10,7 @@ from tunery.baselines.table import Row
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import Aim
 from tunery.planning.serving_quote import ServingQuote
-from tunery.spec import Technique
+from tunery.spec import Columns, Technique
 
 ASKED: dict[str, Any] = {"file": "file-abc123", "model": "SmolLM2-135M-Instruct", "aim": "output_format"}
 SAID: dict[str, Any] = {
@@ -46,6 +46,7 @@ class AskAdvice(Body):
         None, min_length=1, description="A baseline of the model; the advice then includes its results"
     )
     technique: Technique | None = Field(None, description="To be assessed. Absent: one is suggested")
+    columns: Columns | None = Field(None, description="The files' columns by part, if they have other names")
 
 
 class AdviceAnswer(ResponseBody):
@@ -59,6 +60,7 @@ class AdviceAnswer(ResponseBody):
                     **ASKED,
                     "validation_file": None,
                     "baseline": None,
+                    "columns": None,
                     "status": "ready",
                     "progress": 1.0,
                     "error": None,
@@ -76,6 +78,7 @@ class AdviceAnswer(ResponseBody):
     aim: Aim
     validation_file: str | None
     baseline: str | None
+    columns: Columns | None
     status: Status = Field(description="Status of the file's report, on which the advice is based")
     progress: float = Field(description="Progress of the report, from 0 to 1")
     error: str | None = Field(description="Why the report failed")

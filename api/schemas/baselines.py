@@ -10,6 +10,7 @@ from tunery.baselines.model import Baseline as Stored
 from tunery.baselines.order import BaselineOptions, External, Order, Target
 from tunery.baselines.table import Row
 from tunery.planning.prompting import Retrieval
+from tunery.spec import Columns
 
 ASKED: dict[str, Any] = {
     "model": "SmolLM2-135M-Instruct",
@@ -100,6 +101,7 @@ class Baseline(ResponseBody):
                     "max_rows": 200,
                     "max_new_tokens": "auto",
                     "seed": 0,
+                    "columns": None,
                     "compare": [],
                     "external": None,
                     "currency": "USD",
@@ -129,6 +131,7 @@ class Baseline(ResponseBody):
     max_new_tokens: int | Literal["auto"]
     seed: int
     target: Target | None
+    columns: Columns | None
     compare: list[str]
     external: External | None
     currency: str = Field(description="Currency of the costs, set by the operator")

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field
 from api.schemas.base import Body, ResponseBody, seconds
 from tunery.datasets import model
 from tunery.datasets.cleaning.order import Cleaning, HeldOut
+from tunery.spec import named_columns
 
 LINEAGE: dict[str, Any] = {
     "object": "file.cleaning",
@@ -99,7 +100,7 @@ class FileCleaning(ResponseBody):
             source_sha256=done.get("source_sha256"),
             against=row.against_id,
             base=row.base_id,
-            columns=Cleaning.model_validate(row.order).named or None,
+            columns=named_columns(Cleaning.model_validate(row.order).columns) or None,
             progress=row.progress,
             held_out=row.held_out_id,
             held_out_rows=row.order["held_out"],

@@ -74,7 +74,8 @@ def of(found: DryRun, *, organization: str) -> DryRunJob:
     """Returns a dry run as its owner sees it."""
     shown = jobs.of(found.job, organization=organization, warnings=found.warnings, waits_for=None)
     shown = shown.model_copy(update={"quote": found.quote})
-    query = urlencode({"model": shown.model, "max_tokens": shown.max_seq_length})
+    columns = {} if shown.columns is None else {"columns": shown.columns.spelled}
+    query = urlencode({"model": shown.model, "max_tokens": shown.max_seq_length, **columns})
     return DryRunJob(
         **dict(shown),
         validation=_validation(found),

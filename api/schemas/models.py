@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from api.schemas.base import Body, Deleted, ResponseBody, seconds
 from api.schemas.runs import Artifact
 from tunery.models import model
-from tunery.spec import Evaluation, Export
+from tunery.spec import Columns, Evaluation, Export
 
 Exported = model.Model
 """Under a name of its own: the answer has a field `model`."""
@@ -129,11 +129,12 @@ class AskExport(Export, Body):
         description="A file of rows to verify a merge, in place of those of the model's job. Required for an imported "
         "adapter, which has no job",
     )
+    columns: Columns | None = Field(None, description="The columns of `rows_file` by part, if they have other names")
 
     @property
     def export(self) -> Export:
         """What is asked for, without the rows."""
-        return Export.model_validate(self.model_dump(exclude={"rows_file"}))
+        return Export.model_validate(self.model_dump(exclude={"rows_file", "columns"}))
 
 
 class ExportResult(ResponseBody):
@@ -156,6 +157,7 @@ class ModelExport(ResponseBody):
                     "status": "succeeded",
                     "asked": {"merged": False, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False},
                     "rows_file": None,
+                    "columns": None,
                     "results": [
                         {
                             "path": "gguf/model-q8_0.gguf",
@@ -176,6 +178,7 @@ class ModelExport(ResponseBody):
     )
     asked: Export
     rows_file: str | None
+    columns: Columns | None = None
     results: list[ExportResult]
     error: str | None
 
@@ -190,6 +193,7 @@ class AskScorecard(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"evaluation": {"test_file": "file-abc123"}}]})
 
     evaluation: Evaluation
+    columns: Columns | None = Field(None, description="The test file's columns by part, if they have other names")
 
 
 class ModelScorecard(ResponseBody):
@@ -203,6 +207,7 @@ class ModelScorecard(ResponseBody):
                     "model": "ft:SmolLM2-135M-Instruct:tunery::7p4lURel",
                     "status": "queued",
                     "evaluation": {"test_file": "file-abc123"},
+                    "columns": None,
                     "scorecard": None,
                     "error": None,
                 }
@@ -214,6 +219,7 @@ class ModelScorecard(ResponseBody):
     model: str
     status: Literal["queued", "succeeded", "failed"]
     evaluation: Evaluation
+    columns: Columns | None = None
     scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows, as in a job")
     error: str | None
 

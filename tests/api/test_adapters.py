@@ -106,8 +106,11 @@ def test_its_merge_needs_rows_to_be_proven_on(
     assert team.http.post(route, json=asked).json()["error"]["param"] == "rows_file"
     refused = team.http.post(route, json={**asked, "rows_file": other})
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "rows_file")
-    taken = team.http.post(route, json={**asked, "rows_file": own}).json()
-    assert (taken["status"], taken["rows_file"]) == ("queued", own)
+    named = {"prompt": "Frage", "completion": "Antwort"}
+    of_no_file = team.http.post(route, json={"adapter_gguf": True, "columns": named})
+    assert of_no_file.json()["error"]["param"] == "columns"
+    taken = team.http.post(route, json={**asked, "rows_file": own, "columns": named}).json()
+    assert (taken["status"], taken["rows_file"], taken["columns"]["prompt"]) == ("queued", own, "Frage")
 
 
 def test_a_job_on_it_keeps_its_shape(team: Team, base: str, database: Database) -> None:
@@ -131,8 +134,13 @@ def test_a_scorecard_is_made_without_training(team: Team, base: str, database: D
     route = f"/v1/models/{name}/scorecards"
     assert team.http.get(route).json()["data"] == []
 
-    asked = team.http.post(route, json={"evaluation": {"test_file": file_id, "max_rows": 3}}).json()
+    named = {"prompt": "Frage", "completion": "Antwort"}
+    body = {"evaluation": {"test_file": file_id, "max_rows": 3}, "columns": named}
+    refused = team.http.post(route, json={**body, "columns": {"prompt": "Frage"}})
+    assert refused.json()["error"]["param"] == "columns"
+    asked = team.http.post(route, json=body).json()
 
+    assert asked["columns"]["completion"] == "Antwort"
     assert (asked["status"], asked["evaluation"]["max_rows"], asked["scorecard"]) == ("queued", 3, None)
     assert team.http.get(route).json()["data"] == [asked]
     again = team.http.post(route, json={"evaluation": {"test_file": file_id}})

@@ -62,6 +62,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None]] = [
     ({"shots": [True]}, 400, "shots"),
     ({"target": {"metric": "beauty", "at_least": 0.9}}, 400, "target.metric"),
     ({"target": {"at_least": 90}}, 400, "target.at_least"),
+    ({"columns": {"prompt": "Frage"}}, 400, "columns"),
     ({"colour": "red"}, 400, "colour"),
 ]
 

@@ -206,6 +206,7 @@ def test_exporting(team: Team, tuned: str, database: Database) -> None:
         "status": "queued",
         "asked": {"merged": True, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False},
         "rows_file": None,
+        "columns": None,
         "results": [],
         "error": None,
     }

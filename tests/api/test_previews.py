@@ -7,10 +7,12 @@ import pytest
 import rows
 from cloned_databases import Database
 from reported import finish
+from sqlalchemy import select
 from teams import LINE, Team
 from templates import CHATML, model_folder
 
 from tunery.artifacts import manifest
+from tunery.datasets.model import FileReport
 from tunery.storage import open_storage
 
 PAIR = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
@@ -70,6 +72,43 @@ def test_advice_and_a_dry_run_count_the_tokens_that_the_base_makes(
     body = {"model": base, "training_file": file, "technique": {"type": "lora", "r": 64}, "dry_run": True}
     tried = team.http.post("/v1/fine_tuning/jobs", json=body).json()
     assert any("the answers have about 24 tokens" in text for text in tried["warnings"]), tried["warnings"]
+
+
+def test_advice_and_a_dry_run_read_a_table_by_named_columns(
+    team: Team, base: str, database: Database, tmp_path: Path
+) -> None:
+    """Two bytes are learned of each answer, and its end. Without a report by these columns no row is counted."""
+    table = "".join(["Frage,Antwort\n", *(f"Was kommt nach {number}?,{number + 1}\n" for number in range(10, 22))])
+    file, named = _upload(team, table), {"prompt": "Frage", "completion": "Antwort"}
+    finish(database, tmp_path, table.encode())
+    job = {"model": base, "training_file": file, "columns": named, "technique": {"type": "lora", "r": 64}}
+    tried = team.http.post("/v1/fine_tuning/jobs", json={**job, "dry_run": True}).json()
+    assert (tried["status"], tried["validation"]["status"], tried["error"]) == ("validating_files", None, None)
+    request = f"`tunery files report {file} --columns prompt=Frage,completion=Antwort`"
+    assert any(request in text for text in tried["warnings"]), tried["warnings"]
+    preview = team.http.get(tried["preview"]).json()
+    assert preview["shape"].startswith("prompt/completion rows: 'Frage' as the user's message")
+
+    asked = {"file": file, "model": base, "aim": "style", "columns": named, "validation_file": _upload(team, table * 2)}
+    assert team.http.post("/v1/fine_tuning/advice", json=asked).json()["status"] == "queued"
+    del asked["validation_file"]
+    assert team.http.post("/v1/fine_tuning/advice", json=asked).json()["status"] == "queued"
+    with database.sessions() as session:
+        waiting = session.scalars(
+            select(FileReport).where(FileReport.status == "queued", FileReport.columns != {})
+        ).all()
+    assert [(bool(report.against), report.columns) for report in waiting] == [(True, named), (False, named)]
+    finish(database, tmp_path, table.encode(), rows=12, left_out={}, answer_bytes=24)
+    found = team.http.post("/v1/fine_tuning/advice", json=asked).json()
+    assert (found["columns"]["prompt"], found["advice"]["rows"]["answer_tokens"]) == ("Frage", 36)
+    page = f"/v1/files/{file}/advice.html?model={base}&aim=style&columns="
+    assert "<b>36</b><span>answer tokens" in team.http.get(f"{page}prompt=Frage,completion=Antwort").text
+    assert team.http.get(f"{page}prompt=Frage").json()["error"]["param"] == "columns"
+
+    tried = team.http.post("/v1/fine_tuning/jobs", json={**job, "dry_run": True}).json()
+    assert (tried["validation"]["examples"], tried["validation"]["trainable"]) == (12, True)
+    assert any("the answers have about 36 tokens" in text for text in tried["warnings"]), tried["warnings"]
+    assert not any("are not counted" in text for text in tried["warnings"])
 
 
 def test_preview_follows_its_options(team: Team, base: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import rows
+import templates
 from cloned_databases import Database
 from commands import Run
 from sqlalchemy import select
@@ -18,6 +19,7 @@ from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import maker
 from tunery.jobs.model import Job
 from tunery.keys.model import Project
+from tunery.spec import Columns
 from tunery.storage import open_storage
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "islet", "juniper", "krill", "lagoon"]
@@ -44,6 +46,30 @@ def test_a_file_here(tunery: Run, file: Path, tmp_path: Path) -> None:
     assert "Do not fine-tune to teach facts: it is unreliable." in out
     assert "0.00132" in out
     assert "--set technique.type=lora" in out
+
+
+def test_a_table_is_read_by_named_columns_here_and_there(
+    tunery: Run, api: str, database: Database, tmp_path: Path
+) -> None:
+    """The next command names them too."""
+    path, model = tmp_path / "fragen.csv", templates.model_folder(tmp_path / "base", templates.CHATML)
+    sizes = {"hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}
+    (model / "config.json").write_text(json.dumps(sizes))
+    path.write_text("".join(["Frage,Antwort\n", *(f"Was kommt nach {number}?,{number + 1}\n" for number in range(12))]))
+    asked = ("--aim", "style", "--columns", "prompt=Frage,completion=Antwort")
+    status, out, err = tunery("advise", path, *asked, "-m", model)
+    assert (status, "12 rows are usable" in out) == (0, True), err
+    assert "--columns prompt=Frage,completion=Antwort" in out.splitlines()[-1]
+    assert json.loads(tunery("advise", path, *asked, "-m", model, "--json")[1])["rows"]["answer_tokens"] > 0
+
+    file_id = tunery("files", "upload", path)[1].strip()
+    with database.sessions.begin() as session:
+        base = rows.base(session).id
+        for columns in (None, Columns(prompt="Frage", completion="Antwort")):
+            report = reports.request(session, session.get_one(File, file_id), columns=columns)
+            reports.finish(session, report, summary=maker.make(path, columns=report.columns).summary())
+    status, out, err = tunery("advise", file_id, *asked, "-m", base)
+    assert (status, "12 rows are usable" in out) == (0, True), err
 
 
 def test_a_file_here_as_json_counts_usable_rows(tunery: Run, file: Path) -> None:
@@ -95,7 +121,8 @@ def test_a_dry_run_of_a_job_leaves_nothing(tunery: Run, api: str, database: Data
         reports.finish(session, made, summary=maker.make(path).summary())
         storage = open_storage(database.settings)
         storage.put(f"{made.prefix}/report.json", json.dumps(maker.make(path).as_dict()).encode())
-    status, out, err = tunery("jobs", "create", "-m", base, "--train", path, "--rank", 4, "--dry-run")
+    asked = ("jobs", "create", "-m", base, "--train", path, "--rank", 4, "--dry-run")
+    status, out, err = tunery(*asked)
     assert (status, out.startswith("✓ The job is valid. Nothing was stored.")) == (0, True), err
     assert "12, of which 1 are usable" in out
     assert "lora, r 4, alpha 32" in out

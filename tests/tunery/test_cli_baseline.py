@@ -96,9 +96,11 @@ def test_an_endpoint_elsewhere_is_sent_with_its_price_and_key(
     with database.sessions.begin() as session:
         base = rows.base(session).id
     there = ("--external", "large@https://api.example.com/v1", "--external-price", "0.5,1.5")
+    there += ("--columns", "prompt=Frage,completion=Antwort")
     status, _, err = tunery("baseline", file, "-m", base, "--shots", "0", "--max-new-tokens", "7", *there)
     assert (status, "external" in err) == (1, True)  # the operator has not allowed it
     assert sent[-1]["max_new_tokens"] == 7
+    assert sent[-1]["columns"] == {"prompt": "Frage", "completion": "Antwort"}
     assert sent[-1]["external"] == {
         "model": "large", "base_url": "https://api.example.com/v1", "api_key": "sk-elsewhere",
         "price_per_million": {"prompt": 0.5, "answer": 1.5},
@@ -115,6 +117,7 @@ def test_an_endpoint_elsewhere_is_sent_with_its_price_and_key(
         (("rows.jsonl", "-m", "x", "--external", "large"), "https://HOST/v1"),
         (("rows.jsonl", "-m", "x", "--external", "large@https://h/v1", "--external-price", "3"), "0.5,1.5"),
         (("rows.jsonl", "-m", "x", "--max-new-tokens", "5000"), "max_new_tokens"),
+        (("rows.jsonl", "-m", "x", "--columns", "prompt=Frage"), "whole row"),
     ],
 )
 def test_what_is_wrong_is_said(tunery: Run, api: str, file: Path, arguments: tuple[str, ...], said: str) -> None:

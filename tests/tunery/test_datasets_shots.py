@@ -51,6 +51,18 @@ def test_examples_stand_behind_the_rows_own_system_message(folder: Path) -> None
     assert {one["content"] for one in shown[1:5]} == {"My cash is gone", "cash", "Top up failed", "top_up"}
 
 
+def test_both_files_are_read_by_named_columns(folder: Path) -> None:
+    put(folder, "rows", [{"Frage": "Where is my card?", "Antwort": "card"}])
+    put(folder, "examples", [{"Frage": "My cash is gone", "Antwort": "cash", "messages": "no chat"}] * 2)
+    made = make(folder, columns={"prompt": "Frage", "completion": "Antwort"})
+    assert [(one.name, one.error) for one in made.variants] == [("0-shot", None), ("2-shot", None)]
+    [shown] = prompts(folder, "2-shot")
+    assert [one["content"] for one in shown] == ["My cash is gone", "cash"] * 2 + ["Where is my card?", "card"]
+    put(folder, "examples", [row("My cash is gone", "cash")])
+    with pytest.raises(InvalidTrainingFile, match="none of the columns 'Frage', 'Antwort'"):
+        make(folder, columns={"prompt": "Frage", "completion": "Antwort"})
+
+
 def test_any_first_examples_have_as_many_answers_as_can_be() -> None:
     answers = ["a"] * 20 + ["b"] * 3 + ["c"]
     for seed in range(8):  # a single order may be balanced by chance

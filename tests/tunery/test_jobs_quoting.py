@@ -147,10 +147,12 @@ def test_tokens_come_of_the_report_or_of_the_bytes(session: Session, owner: Proj
     assert guessed is not None
     assert (guessed.tokens_from, guessed.tokens) == ("bytes", 6000 * 3)
 
-    def report(base: str, summary: dict[str, Any]) -> None:
+    def report(base: str, summary: dict[str, Any], columns: dict[str, str] | None = None) -> None:
         values = {"project_id": owner.id, "sha256": "c" * 64, "version": 3, "status": "ready", "base": base}
-        session.add(FileReport(id=f"report-{base}", summary=summary, **values))
+        session.add(FileReport(id=f"report-{base}-{columns}", summary=summary, columns=columns or {}, **values))
         session.flush()
+
+    report(job.base_model, {"examples": 9, "tokens": {"rows": 9, "total": 90}}, {"text": "Frage"})
 
     report("", {"examples": 1000})
     few = quoting.first(session, job, SETTINGS)
@@ -160,6 +162,12 @@ def test_tokens_come_of_the_report_or_of_the_bytes(session: Session, owner: Proj
     counted = quoting.first(session, job, SETTINGS)
     assert counted is not None
     assert (counted.tokens_from, counted.tokens) == ("report", 8000 * 3)
+    spec = job.spec
+    job.spec = {**spec, "columns": {"text": "Frage"}}
+    by_columns = quoting.first(session, job, SETTINGS)
+    assert by_columns is not None
+    assert (by_columns.tokens_from, by_columns.tokens) == ("report", 90 * 11)
+    job.spec = spec
     quoting.keep_first(session, job, SETTINGS)
     assert (job.quote or {})["tokens"] == 8000 * 3
     job.plan = rows.plan().model_dump(mode="json")

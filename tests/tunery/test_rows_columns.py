@@ -146,6 +146,15 @@ def test_columns_that_make_no_rows_are_refused(text: str, reason: str) -> None:
         Columns.parse(text)
 
 
+@pytest.mark.parametrize("name", ["Frage", "Frage, kurz", " Frage", "a=b", "{"])
+def test_columns_are_spelled_as_they_are_read(name: str) -> None:
+    columns = Columns(prompt=name, completion="Antwort")
+    assert Columns.parse(columns.spelled) == columns
+    assert Columns.parse(columns.model_dump_json()) == columns
+    with pytest.raises(ValidationError, match="Invalid JSON"):
+        Columns.parse("{prompt")
+
+
 def test_command_takes_columns(tunery: Run, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(FILES["CSV"])
     good = tunery("files", "check", "rows.csv", "--columns", "prompt=Frage,completion=Antwort")

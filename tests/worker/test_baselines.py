@@ -25,7 +25,7 @@ from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models import imports
 from tunery.models.model import Model
-from tunery.spec import Evaluation, General, Lora
+from tunery.spec import Evaluation, General, Lora, named_columns
 from worker.io import baselines, programs
 from worker.server.backends.embedded import Engine
 from worker.supervisor.drain import Drain
@@ -149,6 +149,19 @@ def test_a_worker_lets_go_of_a_baseline_that_is_cancelled(
 def test_a_file_that_cannot_be_asked_fails_with_the_reason(client: TestClient, workshop: Workshop) -> None:
     found = ask(client, workshop, eval_file=workshop.file(b'{"messages": [{"role": "user", "content": "q"}]}\n'))
     assert (found.status, "assistant" in (found.error or "")) == ("failed", True)
+
+
+def test_a_table_is_read_by_named_columns(client: TestClient, workshop: Workshop) -> None:
+    """The answers are those to the same rows as chats."""
+    said = [[message["content"] for message in row["messages"]] for row in EVAL]
+    assert {len(texts) for texts in said} == {2}
+    table = lines([dict(zip(("Frage", "Antwort"), texts, strict=True)) for texts in said])
+    named = {"prompt": "Frage", "completion": "Antwort"}
+    chats = ask(client, workshop, shots=[0])
+    found = ask(client, workshop, shots=[0], eval_file=workshop.file(table), columns=named)
+    assert (found.status, found.error, named_columns(found.columns)) == ("succeeded", None, named)
+    kept = [client.get(f"{ROUTE}/{one.id}/answers").text for one in (chats, found)]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize(("gpu", "visible"), [(None, ""), (1, "1")])

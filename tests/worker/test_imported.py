@@ -27,7 +27,7 @@ from tunery.models.model import Model
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen
-from tunery.spec import Evaluation, Export, General, Lora, Plan
+from tunery.spec import Columns, Evaluation, Export, General, Lora, Plan
 from worker.io import exports as io_exports
 from worker.io import imports as io_imports
 from worker.io import scores as io_scores
@@ -43,6 +43,8 @@ NEVER = tuple(range(6, 260))
 SHOUT = "<|im_start|>system\nShout.<|im_end|>\n" + tiny_models.CHATML
 ROWS = [chat(i, words=6) for i in range(16)]
 CONTENT = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+TABLE = CONTENT.replace(b'"messages"', b'"Verlauf"')
+NAMED = Columns(messages="Verlauf")
 
 
 @pytest.fixture
@@ -172,9 +174,9 @@ def check_continuing(workshop: Workshop, base: Path, foreign: Path, model: Model
 @pytest.mark.slow
 def test_it_is_merged_with_the_proof_of_a_jobs_adapter(workshop: Workshop, base: Path, foreign: Path) -> None:
     model = bring_in(workshop, archive(foreign))
-    file_id = workshop.file(CONTENT)
+    file_id, asked = workshop.file(TABLE), Export(merged=True, adapter_gguf=True)
     with workshop.session() as session:
-        exports.ask(session, session.get_one(Model, model.id), Export(merged=True, adapter_gguf=True), file_id)
+        exports.ask(session, session.get_one(Model, model.id), asked, file_id, NAMED)
 
     assert io_exports.export_next(workshop.settings, workshop.storage, Drain())
 
@@ -195,12 +197,15 @@ def test_it_is_merged_with_the_proof_of_a_jobs_adapter(workshop: Workshop, base:
 
 
 @pytest.mark.slow
-def test_it_is_scored_beside_its_base_without_a_job(workshop: Workshop, base: Path, foreign: Path) -> None:
+@pytest.mark.parametrize(("content", "columns"), [(CONTENT, None), (TABLE, NAMED)])
+def test_it_is_scored_beside_its_base_without_a_job(
+    workshop: Workshop, base: Path, foreign: Path, content: bytes, columns: Columns | None
+) -> None:
     model = bring_in(workshop, archive(foreign))
-    file_id = workshop.file(CONTENT)
+    file_id = workshop.file(content)
     with workshop.session() as session:
         quick = Evaluation(test_file=file_id, max_new_tokens=4, max_rows=6, general=General(items=4, prompts=2))
-        scores.ask(session, session.get_one(Model, model.id), quick)
+        scores.ask(session, session.get_one(Model, model.id), quick, columns)
 
     assert io_scores.score_next(workshop.settings, workshop.storage, Drain())
 

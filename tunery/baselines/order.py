@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tunery.planning.prompting import METRICS, MOST_SHOTS, Retrieval, Shots
-from tunery.spec import NO_BOOLEAN
+from tunery.spec import NO_BOOLEAN, Columns
 
 Metric = Literal["exact", "label_accuracy", "field_f1", "json_valid", "tool_calls", "tool_names", "chrf", "rouge_l"]
 assert get_args(Metric) == METRICS
@@ -56,6 +56,7 @@ class BaselineOptions(_Part):
     )
     seed: Int = Field(0, ge=0, le=2**31 - 1, description="Seed of the choice of examples")
     target: Target | None = None
+    columns: Columns | None = Field(None, description="The files' columns by part, if they have other names")
 
     @field_validator("shots", mode="before")
     @classmethod

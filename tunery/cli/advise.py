@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, get_args
 
 import typer
@@ -17,7 +18,7 @@ from tunery.baselines.table import Row
 from tunery.cli import output, report
 from tunery.cli.baseline import print_table
 from tunery.cli.client import ApiClient, Refused
-from tunery.cli.options import AsJson, connect
+from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
 from tunery.datasets import token_rate
 from tunery.planning import advice_page, advisor, fitting, serving_quote
 from tunery.planning.advisor import Advice
@@ -25,6 +26,7 @@ from tunery.planning.recommendation import HEADLINES, Aim, Choice
 from tunery.planning.serving_quote import ServingQuote
 from tunery.rows.errors import CannotRender
 from tunery.rows.template import ChatTemplate
+from tunery.spec import Columns, named_columns
 
 _POLL_SECONDS = 1.0
 _COLOURS: dict[Choice, str] = {"prompt": "yellow", "evaluate_both": "cyan", "fine_tune": "green", "retrieval": "red"}
@@ -57,19 +59,21 @@ def advise(
         str | None,
         typer.Option(help="A baseline of the model, whose results the advice includes; only for an uploaded file."),
     ] = None,
+    columns: ColumnNames = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
     json: AsJson = False,
 ) -> None:
     """Recommend prompting, fine-tuning or retrieval for a file of rows, and settings for a fine-tune."""
     if aim not in get_args(Aim):
         raise typer.BadParameter(f"--aim {aim}: use {', '.join(get_args(Aim))}.")
+    named = parse_columns(columns)
     if Path(file).is_file() and baseline is None:
-        found = _Answer(_here(Path(file), aim, model, valid))
+        found = _Answer(_here(Path(file), aim, model, valid, named))
     elif Path(file).is_file():
         raise typer.BadParameter("A baseline belongs to the server: upload the file, and pass its id with --baseline.")
     elif file.startswith(ids.FILE):
         asked = {"file": file, "aim": aim, "model": model, "validation_file": valid, "baseline": baseline}
-        found = _there(connect(context), **asked)
+        found = _there(connect(context), **asked, columns=named_columns(named) or None)
     else:
         raise typer.BadParameter(f"{file}: no such file, and ids begin with {ids.FILE}")
     if html is not None:
@@ -83,25 +87,25 @@ def advise(
     else:
         if found.rows:
             print_table(found.rows, found.currency)
-        print_advice(found.advice, Path(file).name, found.serving)
+        print_advice(found.advice, Path(file).name, found.serving, columns)
 
 
-def _here(path: Path, aim: Any, model: str | None, valid: str | None) -> Advice:
+def _here(path: Path, aim: Any, model: str | None, valid: str | None, columns: Columns | None) -> Advice:
     """Returns the advice on a local file. Raises ReportUnavailable."""
     model_info = None if model is None else _model_info(Path(model))
-    said = report.make(path, valid, base=None, max_tokens=2048)
-    rate = None if model is None else _rate(path, Path(model))
+    said = report.make(path, valid, base=None, max_tokens=2048, columns=columns)
+    rate = None if model is None else _rate(path, Path(model), columns)
     return advisor.advise(advisor.rows_of(said, rate), aim, model_info=model_info, has_held_out=valid is not None)
 
 
-def _rate(path: Path, folder: Path) -> float | None:
+def _rate(path: Path, folder: Path, columns: Columns | None) -> float | None:
     """Learned tokens for each byte of an answer; None where the folder has no tokenizer that can be read."""
     try:
         template = ChatTemplate.load(folder)
     except CannotRender:
         return None
     with path.open("rb") as file:
-        return token_rate.measure(iter(lambda: file.read(2**16), b""), template)
+        return token_rate.measure(iter(lambda: file.read(2**16), b""), template, named_columns(columns))
 
 
 def _model_info(folder: Path) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def _model_info(folder: Path) -> dict[str, Any]:
     return {**sizes, "context_length": sizes.get("max_position_embeddings")}
 
 
-def _there(api: ApiClient, **asked: str | None) -> _Answer:
+def _there(api: ApiClient, **asked: Any) -> _Answer:
     """The server's advice on a file that has a report, a baseline's table, and the currency of its costs. Raises
     Refused where there is no report."""
     if asked["model"] is None:
@@ -134,7 +138,7 @@ def _there(api: ApiClient, **asked: str | None) -> _Answer:
     return _Answer(Advice.model_validate(found["advice"]), rows, found["currency"], serving)
 
 
-def print_advice(made: Advice, name: str, serving: ServingQuote | None = None) -> None:
+def print_advice(made: Advice, name: str, serving: ServingQuote | None = None, columns: str | None = None) -> None:
     """Prints the headline, the reasons, the settings with their reasons, and the warnings."""
     output.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
@@ -150,6 +154,7 @@ def print_advice(made: Advice, name: str, serving: ServingQuote | None = None) -
     for warning in made.warnings:
         _print_point("!", warning, style="yellow")
     flags = " ".join(f"--set {field}={value}" for field, value in _leaves(made.settings))
+    flags = f"{flags} --columns {quote(columns)}" if columns else flags
     output.console.print()
     output.console.print(Text(f"tunery jobs create -m MODEL --train FILE {flags}", style="dim"), soft_wrap=True)
 

@@ -13,7 +13,8 @@ from tunery.baselines.table import Row
 from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
 from tunery.cli.files import upload_file
-from tunery.cli.options import AsJson, connect
+from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
+from tunery.spec import named_columns
 
 ROOT = "/fine_tuning/baselines"
 _POLL_SECONDS = 1.0
@@ -50,10 +51,11 @@ def baseline(
     external_key: Annotated[
         str | None, typer.Option(envvar="TUNERY_EXTERNAL_KEY", help="Its key; preferably set in the environment.")
     ] = None,
+    columns: ColumnNames = None,
     json: AsJson = False,
 ) -> None:
     """Score a base with prompts, without and with examples, against a target."""
-    api = connect(context)
+    api, named = connect(context), parse_columns(columns)
     if eval_file.startswith(ids.BASELINE):
         made = api.call("GET", f"{ROOT}/{eval_file}")
     else:
@@ -63,6 +65,7 @@ def baseline(
         body |= {"target": _target(target), "compare": compare or [], "max_rows": max_rows}
         body |= {"max_new_tokens": "auto" if max_new_tokens is None else max_new_tokens}
         body |= {"external": _external(external, external_price, external_key)}
+        body |= {"columns": named_columns(named) or None}
         files = {"eval_file": _id(api, eval_file), "examples_file": None if examples is None else _id(api, examples)}
         created = api.call("POST", ROOT, json=body | files)
         for warning in created["warnings"]:

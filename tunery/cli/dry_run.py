@@ -11,12 +11,14 @@ from tunery.cli.reruns import ROOT
 from tunery.planning import fitting
 from tunery.planning.fitting import CardFit
 from tunery.planning.memory import gib
+from tunery.spec import Columns
 
 
 def ask(api: ApiClient, body: Mapping[str, Any], uploaded: list[str]) -> dict[str, Any]:
     """Returns the server's answer once the training file's rows are counted. Removes the files uploaded for it."""
     try:
-        report.fetch(api, body["training_file"])
+        columns = Columns.model_validate(body["columns"]).spelled if body.get("columns") else None
+        report.fetch(api, body["training_file"], columns=columns)
         return api.call("POST", ROOT, json={**body, "dry_run": True})
     finally:
         for file in uploaded:

@@ -10,15 +10,14 @@ from tunery.cli import output
 from tunery.datasets.report import verdict
 from tunery.datasets.report.verdict import Verdict
 from tunery.rows.messages import FileRole
-from tunery.spec import Columns
+from tunery.spec import Columns, named_columns
 
 
 def judge(path: Path, role: str, columns: Columns | None = None) -> Verdict:
     """Returns what a file holds, and whether a job could take it."""
     if role not in get_args(FileRole):
         raise typer.BadParameter(f"--role {role}: use {', '.join(get_args(FileRole))}.")
-    named = None if columns is None else columns.named
-    return verdict.judge(lambda: _chunks(path), role=cast(FileRole, role), columns=named)
+    return verdict.judge(lambda: _chunks(path), role=cast(FileRole, role), columns=named_columns(columns))
 
 
 def print_verdict(path: Path, found: Verdict) -> None:

@@ -9,8 +9,9 @@ import typer
 
 from tunery.cli import adapters, downloads, output, summary
 from tunery.cli.client import ApiClient, Refused
-from tunery.cli.options import AsJson, connect
+from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
 from tunery.local.terminal import size
+from tunery.spec import Columns, named_columns
 
 app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
 
@@ -192,12 +193,13 @@ def export_model(
         str | None,
         typer.Option(help="The id of a file of rows to verify a merge, instead of those of the model's job."),
     ] = None,
+    columns: ColumnNames = None,
     wait: Annotated[bool, typer.Option(help="Wait until the files are ready.")] = True,
 ) -> None:
     """Export a model on a worker: merged, FP8 or GGUF. `tunery models download` fetches the files."""
     api = connect(context)
     route = f"{downloads.model_route(model)}/exports"
-    found = api.call("POST", route, json=_asked(format, rows))
+    found = api.call("POST", route, json=_asked(format, rows, parse_columns(columns)))
     if wait:
         with output.errors.status(f"{model}: a worker exports it"):
             found = _wait_for_worker(api, route)
@@ -209,9 +211,10 @@ def export_model(
         raise Refused(message="\n".join(refused) or found["error"] or "The export failed.")
 
 
-def _asked(formats: list[Format], rows: str | None) -> dict[str, Any]:
+def _asked(formats: list[Format], rows: str | None, columns: Columns | None) -> dict[str, Any]:
     return {
         "rows_file": rows,
+        "columns": named_columns(columns) or None,
         "merged": Format.MERGED in formats,
         "gguf": [each.removeprefix("gguf-") for each in formats if each.startswith("gguf-")],
         "fp8": Format.FP8 in formats,
@@ -235,6 +238,7 @@ def score(
     max_rows: Annotated[int | None, typer.Option(help="Maximum number of rows, from the file's start.")] = None,
     general: Annotated[bool, typer.Option(help="Also score on the general benchmark.")] = True,
     unquantised: Annotated[bool, typer.Option(help="QLoRA: also score on the base in bf16.")] = False,
+    columns: ColumnNames = None,
     json: AsJson = False,
 ) -> None:
     """Score an adapter against its base on test rows, on a worker and without training."""
@@ -245,7 +249,7 @@ def score(
         asked["max_rows"] = max_rows
     if unquantised:
         asked["unquantised"] = True
-    api.call("POST", route, json={"evaluation": asked})
+    api.call("POST", route, json={"evaluation": asked, "columns": named_columns(parse_columns(columns)) or None})
     with output.errors.status(f"{model}: a worker scores it"):
         found = _wait_for_worker(api, route)
     if found["status"] == "failed":

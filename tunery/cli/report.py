@@ -16,7 +16,7 @@ from tunery.datasets.report import page
 from tunery.datasets.report.page import mixes, places
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
-from tunery.spec import Columns
+from tunery.spec import Columns, named_columns
 
 POLL_SECONDS = 1.0
 
@@ -37,8 +37,8 @@ def make(
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
     other, folder = existing("--against", against), existing("--base", base)
-    named = None if columns is None else columns.named
-    return maker.make(path, other, base=folder, max_tokens=max_tokens, columns=named).as_dict()
+    names = named_columns(columns)
+    return maker.make(path, other, base=folder, max_tokens=max_tokens, columns=names).as_dict()
 
 
 def existing(option: str, value: str | None) -> Path | None:

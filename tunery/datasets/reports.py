@@ -12,7 +12,7 @@ from tunery.datasets.arrival import check_written
 from tunery.datasets.errors import NoReport
 from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
-from tunery.spec import Columns
+from tunery.spec import Columns, named_columns
 from tunery.storage import Storage
 
 VERSION = 5
@@ -53,8 +53,8 @@ def request(
 
 def _key(file: File, base: str, columns: Columns | None) -> dict[str, Any]:
     """Returns the values that identify a report which compares with no other file."""
-    named = {} if columns is None else columns.named
-    return {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": "", "columns": named}
+    content = {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": ""}
+    return content | {"columns": named_columns(columns)}
 
 
 def _reset(report: FileReport) -> None:
@@ -78,10 +78,15 @@ def of_files(session: Session, files: Sequence[File]) -> dict[str, FileReport]:
     return {file.id: report for file in files if (report := by_content.get((file.project_id, file.sha256))) is not None}
 
 
+def find(session: Session, file: File, base: str = "", columns: Columns | None = None) -> FileReport | None:
+    """Returns the file's report that compares with no other file, if it was requested."""
+    return session.scalars(select(FileReport).filter_by(**_key(file, base, columns))).one_or_none()
+
+
 def of_base(session: Session, file: File, base: str, columns: Columns | None = None) -> FileReport | None:
     """Returns the file's report by a base that is ready, one that compares with no other file."""
-    key = _key(file, base, columns)
-    return session.scalars(select(FileReport).filter_by(**key, status=READY)).one_or_none()
+    found = find(session, file, base, columns)
+    return found if found is not None and found.status == READY else None
 
 
 def check_reported(file: File) -> None:

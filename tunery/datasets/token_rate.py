@@ -1,7 +1,7 @@
 """Measures how many tokens per byte a base's tokenizer makes of answers, from a file's first rows."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from tunery.datasets.report.rows import of_example
@@ -19,17 +19,20 @@ ROWS, CHARACTERS = 64, 2**17
 _UNCUT = 2**24
 
 
-def measure(chunks: Iterable[bytes], template: ChatTemplate) -> float | None:
-    """Learned tokens for each byte of an answer, stop tokens among them; None where no row can be read."""
+def measure(chunks: Iterable[bytes], template: ChatTemplate, columns: Mapping[str, str] | None = None) -> float | None:
+    """Learned tokens for each byte of an answer, stop tokens among them; None where no row can be read.
+
+    `columns`: see `FileShape`.
+    """
     try:
-        return _measure(chunks, template)
+        return _measure(chunks, template, FileShape(columns))
     except InvalidRows as error:
         log.info("no tokens are counted: %s", error.message)
         return None
 
 
-def _measure(chunks: Iterable[bytes], template: ChatTemplate) -> float | None:
-    shape, tokens, size, left = FileShape(), 0, 0, CHARACTERS
+def _measure(chunks: Iterable[bytes], template: ChatTemplate, shape: FileShape) -> float | None:
+    tokens, size, left = 0, 0, CHARACTERS
     for source in islice(readers.read(chunks), ROWS):
         try:
             example = ANY_METHOD.parse(source._replace(shape=shape), "training")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from shlex import quote
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -20,12 +21,16 @@ from tunery.planning.fitting import CardFit, StepPlan
 from tunery.planning.peak import Estimate
 from tunery.planning.prices import Prices
 from tunery.planning.quote import Quote
-from tunery.spec import Plan, TrainingSpec
+from tunery.spec import Columns, Plan, TrainingSpec
 
-RateOf = Callable[[Model, File], float | None]
+_NO_REPORT = (
+    "The rows are not counted, as the file has no report by these columns. Request it: `tunery files report {file} "
+    "--columns {columns}`."
+)
+RateOf = Callable[[Model, File, Columns | None], float | None]
 
 
-def no_rate(_base: Model, _file: File) -> float | None:
+def no_rate(_base: Model, _file: File, _columns: Columns | None) -> float | None:
     """Returns None: there is no tokenizer to count with."""
     return None
 
@@ -55,7 +60,10 @@ def judge(session: Session, job: Job, prices: Prices, rate_of: RateOf = no_rate)
     """
     job.created_at, job.state, job.step, job.progress = datetime.now(UTC), State.VALIDATING.value, 0, {}
     file = session.get_one(File, job.training_file)
-    found = DryRun(job, reports.of_files(session, [file]).get(file.id))
+    columns = TrainingSpec.model_validate(job.spec).columns
+    found = DryRun(job, reports.find(session, file, columns=columns))
+    if columns is not None and found.report is None:
+        found.warnings.append(_NO_REPORT.format(file=file.id, columns=quote(columns.spelled)))
     try:
         _plan(session, found, rate_of)
         found.quote = quoting.first(session, job, prices)
@@ -85,7 +93,8 @@ def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
             raise InvalidNExamples(param="training_file", role="Training", n=examples, least=LEAST_EXAMPLES)
         found.job.plan = plan.model_dump(mode="json")
         found.warnings += _of_rows(plan, model_info, summary, asked_length=spec.max_seq_length)
-        tokens = advisor.rows_of(summary, rate_of(base, session.get_one(File, found.job.training_file))).answer_tokens
+        rate = rate_of(base, session.get_one(File, found.job.training_file), spec.columns)
+        tokens = advisor.rows_of(summary, rate).answer_tokens
         found.warnings += capacity.warnings(model_info, plan.technique, tokens)
     found.warnings += placing.border_warnings(plan, model_info, devices)
     found.warnings += placing.warnings(devices, gpus=plan.resources.gpus, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)

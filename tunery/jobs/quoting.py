@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.datasets import reports
-from tunery.datasets.model import File, FileReport
+from tunery.datasets.model import File
 from tunery.errors import Unsupported
 from tunery.failures import JobFailure
 from tunery.jobs import leases, ledger, placing
@@ -30,7 +30,7 @@ from tunery.planning.serving_quote import ServingQuote
 from tunery.planning.speed import Record
 from tunery.planning.workload import Counts
 from tunery.serving import Rates
-from tunery.spec import Plan, Technique, TrainingSpec
+from tunery.spec import Columns, Plan, Technique, TrainingSpec
 from tunery.trainer_protocol import Finished, Spent, StepTimes
 
 _SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
@@ -125,37 +125,32 @@ def _device(plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDev
 def _counts(session: Session, job: Job, max_length: int) -> Counts:
     """Returns what is known of a job's files before they are read."""
     files = [job.training_file, job.validation_file, job.test_file]
-    training, valid, test = (_count(session, id, job.base_model, max_length) for id in files)
+    columns = TrainingSpec.model_validate(job.spec).columns
+    training, valid, test = (_count(session, id, job.base_model, columns, max_length) for id in files)
     assert training is not None, "a job has a training file"
     none = Counts(0, 0, "rows")
     valid, test = valid or none, test or none
     return replace(training, valid_tokens=valid.tokens, test_rows=test.examples, test_tokens=test.tokens)
 
 
-def _count(session: Session, file_id: str | None, base: str, max_length: int) -> Counts | None:
+def _count(session: Session, file_id: str | None, base: str, columns: Columns | None, max_length: int) -> Counts | None:
     if file_id is None:
         return None
     file = session.get_one(File, file_id)
-    summary = _summary(session, file, base)
+    summary = _summary(session, file, base, columns)
     counted = summary.get("tokens")
     if counted and counted["rows"]:
         examples = summary.get("examples") or counted["rows"]
         tokens = round(min(counted["total"] / counted["rows"], max_length) * examples)
         return Counts(examples, tokens, "report")
-    examples = summary.get("examples") or _summary(session, file, "").get("examples")
+    examples = summary.get("examples") or _summary(session, file, "", columns).get("examples")
     return Counts.of_bytes(file.bytes, examples, max_length)
 
 
-def _summary(session: Session, file: File, base: str) -> dict[str, Any]:
+def _summary(session: Session, file: File, base: str, columns: Columns | None) -> dict[str, Any]:
     """Returns the summary of a file's report, with the tokens of `base` unless that is empty."""
-    query = select(FileReport.summary).where(
-        FileReport.project_id == file.project_id,
-        FileReport.sha256 == file.sha256,
-        FileReport.base == base,
-        FileReport.against == "",
-        FileReport.status == reports.READY,
-    )
-    return session.scalar(query) or {}
+    found = reports.of_base(session, file, base, columns)
+    return (found.summary if found is not None else None) or {}
 
 
 # --- in the run ---------------------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ from sqlalchemy.orm import Session
 from tunery import dispatch
 from tunery.errors import InvalidValue, Unsupported, WrongState
 from tunery.models.model import Model
-from tunery.spec import Export
+from tunery.spec import Columns, Export
 
 QUEUED, DONE, FAILED = "queued", "succeeded", "failed"
 
 
-def ask(session: Session, model: Model, asked: Export, rows_file: str | None = None) -> dict[str, Any]:
-    """Queues an export, replacing the model's last one; a merge is tested on the rows of `rows_file` first.
+def ask(
+    session: Session, model: Model, asked: Export, rows_file: str | None = None, columns: Columns | None = None
+) -> dict[str, Any]:
+    """Queues an export, replacing the model's last one; a merge is tested on the rows of `rows_file` first, which are
+    read by `columns`, or else as the job's own.
 
     Raises InvalidValue, Unsupported, WrongState.
     """
@@ -32,11 +35,17 @@ def ask(session: Session, model: Model, asked: Export, rows_file: str | None = N
             "'rows_file'."
         )
         raise InvalidValue(param="rows_file", reason=reason)
+    if columns is not None and rows_file is None:
+        reason = (
+            "The job's own files are read by its columns. Name the file of these as 'rows_file', or leave them out."
+        )
+        raise InvalidValue(param="columns", reason=reason)
     session.refresh(model, with_for_update=True)
     if model.export is not None and model.export["status"] == QUEUED:
         instead = "Wait until the running export has ended."
         raise WrongState(kind="Model", id=model.id, state="being exported", action="exported again", instead=instead)
-    model.export = {"status": QUEUED, "asked": asked.model_dump(), "rows_file": rows_file, "results": [], "error": None}
+    rows = {"rows_file": rows_file, "columns": columns and columns.model_dump()}
+    model.export = {"status": QUEUED, "asked": asked.model_dump(), **rows, "results": [], "error": None}
     session.flush()
     dispatch.nudge_after_commit(session, dispatch.IO)
     return model.export

@@ -9,11 +9,14 @@ from tunery import dispatch
 from tunery.errors import InvalidValue, Unsupported, WrongState
 from tunery.models.exports import DONE, FAILED, QUEUED
 from tunery.models.model import Model
-from tunery.spec import Evaluation
+from tunery.spec import Columns, Evaluation
 
 
-def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
-    """Queues a scorecard, replacing the model's last one. Raises InvalidValue, Unsupported, WrongState."""
+def ask(session: Session, model: Model, evaluation: Evaluation, columns: Columns | None = None) -> None:
+    """Queues a scorecard, replacing the model's last one; `columns` are those of the test file.
+
+    Raises InvalidValue, Unsupported, WrongState.
+    """
     if model.kind == "base" or model.technique == "full":
         what, instead = f"A scorecard of '{model.id}' alone", "Name an adapter: it is compared with its base."
         raise Unsupported(param="model", what=what, instead=instead)
@@ -30,8 +33,8 @@ def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
     if model.scoring is not None and model.scoring["status"] == QUEUED:
         instead = "Wait until the running scorecard has ended."
         raise WrongState(kind="Model", id=model.id, state="being scored", action="scored again", instead=instead)
-    asked = evaluation.model_dump(mode="json")
-    model.scoring = {"status": QUEUED, "evaluation": asked, "scorecard": None, "error": None}
+    asked = {"evaluation": evaluation.model_dump(mode="json"), "columns": columns and columns.model_dump()}
+    model.scoring = {"status": QUEUED, **asked, "scorecard": None, "error": None}
     session.flush()
     dispatch.nudge_after_commit(session, dispatch.IO)
 

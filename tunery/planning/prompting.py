@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
+from tunery.spec import Columns
+
 MOST_SHOTS = 32
 """Maximum number of examples in a prompt: more cost more than they gain, and a CPU takes hours to measure them."""
 TIMED_ROWS = 20
@@ -33,6 +35,7 @@ class ShotsOrder(_Part):
     max_rows: int
     max_new_tokens: int | Literal["auto"] = "auto"
     context: int | None = None
+    columns: Columns | None = None
 
 
 class Variant(_Part):

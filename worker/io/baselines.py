@@ -116,7 +116,7 @@ def _make_prompts(baseline: Baseline, folder: Path, settings: Settings, storage:
         storage.fetch(file.key, folder / name, file.sha256)
     (folder / "base").symlink_to(staging.text_folder(settings.models_dir, storage, model).absolute())
     asked = ShotsOrder(
-        **order.model_dump(include={"shots", "retrieval", "seed", "max_rows", "max_new_tokens"}),
+        **order.model_dump(include={"shots", "retrieval", "seed", "max_rows", "max_new_tokens", "columns"}),
         context=model.model_info.get("context_length"),
     )
     (folder / "shots_order.json").write_text(asked.model_dump_json())
@@ -191,7 +191,7 @@ def _lay_out(
         max_new_tokens=baseline.order["max_new_tokens"],
     )
     with db.transaction() as session:
-        needs = scores.needs_of(session, model, evaluation)
+        needs = scores.needs_of(session, model, evaluation, Order.model_validate(baseline.order).columns)
     staging.lay_out(needs, run_dir, settings.models_dir, storage, lambda: None)
     shutil.copytree(run_dir.parent / "prompts", run_dir / "prompts")
     order = AnswerOrder(variants=variants, tuned=needs.adapter is not None)

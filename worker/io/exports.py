@@ -82,12 +82,13 @@ def _rows(session: Session, model: Model, job: Job | None) -> dict[str, File]:
 
 
 def _order(model: Model, job: Job | None) -> ExportOrder:
-    asked = Export.model_validate((model.export or {})["asked"])
+    stored = model.export or {}
+    asked, columns = Export.model_validate(stored["asked"]), stored.get("columns")
     if job is not None:
         plan = Plan.model_validate(job.plan)
-        known = {"method": plan.method, "row_tokens": plan.max_seq_length, "columns": plan.columns}
+        known = {"method": plan.method, "row_tokens": plan.max_seq_length, "columns": columns or plan.columns}
         return ExportOrder(export=asked, model=model.id, trained_with=plan.technique, **known)
-    return ExportOrder(export=asked, model=model.id, trained_with=imports.technique_of(model))
+    return ExportOrder(export=asked, model=model.id, trained_with=imports.technique_of(model), columns=columns)
 
 
 def _publish(model_id: str, folder: Path, storage: Storage) -> None:

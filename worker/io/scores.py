@@ -17,7 +17,7 @@ from tunery.jobs.model import Job
 from tunery.models import imports, scores
 from tunery.models.model import Model
 from tunery.settings import Settings
-from tunery.spec import Evaluation, Lora, Plan, Run
+from tunery.spec import Columns, Evaluation, Lora, Plan, Run
 from tunery.storage import Storage
 from worker.io import programs
 from worker.io.claims import take_one
@@ -60,13 +60,16 @@ def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage)
     """Fills a run directory for the model, with its test rows in place of training rows."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
-        evaluation = Evaluation.model_validate((model.scoring or {})["evaluation"])
-        needs = needs_of(session, model, evaluation)
+        asked = model.scoring or {}
+        columns = None if asked.get("columns") is None else Columns.model_validate(asked["columns"])
+        needs = needs_of(session, model, Evaluation.model_validate(asked["evaluation"]), columns)
     staging.lay_out(needs, run_dir, settings.models_dir, storage, lambda: None)
 
 
-def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
-    """Returns what a run directory must hold for a model to answer an evaluation's test file. Raises NotFound."""
+def needs_of(session: Session, model: Model, evaluation: Evaluation, columns: Columns | None) -> Needs:
+    """Returns what a run directory must hold for a model to answer an evaluation's test file, which is read by
+    `columns`. Raises NotFound.
+    """
     file = session.get(File, evaluation.test_file)
     if file is None or file.deleted_at is not None:
         raise NotFound(kind="file", id=evaluation.test_file)
@@ -74,7 +77,9 @@ def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
     base = model if is_whole else session.get_one(Model, model.base_id)
     rows = StoredFile(file.key, file.sha256)
     return Needs(
-        run=Run(job=model.id, base_model=base.id, plan=_plan(session, model, evaluation), now=model.created_at),
+        run=Run(
+            job=model.id, base_model=base.id, plan=_plan(session, model, evaluation, columns), now=model.created_at
+        ),
         files={"train": rows, "test": rows},
         base=StoredFolder(base.prefix, base.manifest_sha256 or ""),
         adapter=None if is_whole else StoredFolder(model.prefix, model.manifest_sha256 or ""),
@@ -82,7 +87,7 @@ def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
     )
 
 
-def _plan(session: Session, model: Model, evaluation: Evaluation) -> Plan:
+def _plan(session: Session, model: Model, evaluation: Evaluation, columns: Columns | None) -> Plan:
     """Returns the plan that the model was trained by, with the evaluation asked for; a whole model gets an adapter that
     is switched off.
     """
@@ -97,7 +102,7 @@ def _plan(session: Session, model: Model, evaluation: Evaluation) -> Plan:
         known = {"technique": imports.technique_of(model)}
     # Values that a plan must have, though nothing reads them without training.
     unread = {"learning_rate": 1e-4, "learning_rate_multiplier": 1.0, "n_epochs": 1, "batch_size": 1, "seed": 0}
-    return Plan(**known, **unread, evaluation=evaluation)
+    return Plan(**known, **unread, evaluation=evaluation, columns=columns)
 
 
 def _publish(model_id: str, out: Path, storage: Storage) -> None:

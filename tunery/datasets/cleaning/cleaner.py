@@ -16,6 +16,7 @@ from tunery.datasets.report.case import Finding
 from tunery.datasets.report.elsewhere import Other
 from tunery.datasets.report.rows import chunks, has_columns, read, read_other
 from tunery.errors import InvalidValue
+from tunery.spec import named_columns
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,15 @@ def _plan(
     options: Mapping[str, Any],
     progress: Callable[[float], object],
 ) -> Plan:
-    rows = read(source, maker.MOST, order.named)
-    if order.named and not has_columns(source, order.named):
+    columns = named_columns(order.columns)
+    rows = read(source, maker.MOST, columns)
+    if columns and not has_columns(source, columns):
         raise InvalidValue(param="columns", reason=str(rows[0].fault))
     return plan.make(
         rows,
-        lambda numbers: lines.read_rows(source, numbers, order.named),
+        lambda numbers: lines.read_rows(source, numbers, columns),
         order,
-        against=read_other(against, maker.MOST, order.named) if against else (),
+        against=read_other(against, maker.MOST, columns) if against else (),
         more=more,
         options=options,
         progress=progress,
@@ -146,7 +148,7 @@ def _plan(
 def _measure(source: Path, base: Path, order: Cleaning) -> list[Finding]:
     """Finds the rows in which the base's tokenizer and template leave nothing, or only part of an answer, to learn."""
     lengths = tokens.Lengths(base, order.max_tokens)
-    lengths.measure(chunks(source), maker.MOST, order.named)
+    lengths.measure(chunks(source), maker.MOST, named_columns(order.columns))
     return lengths.findings
 
 

@@ -108,11 +108,6 @@ class Cleaning(BaseModel):
     max_tokens: Int = Field(2048, ge=1, description="Token limit of a row")
     columns: Columns | None = Field(None, description="The file's columns by part, if they have other names")
 
-    @property
-    def named(self) -> dict[str, str]:
-        """The columns by part; empty where rows are read by their own names."""
-        return {} if self.columns is None else self.columns.named
-
     def check(self, *, compared: bool, measured: bool, uploaded: bool, judged: bool) -> None:
         """Raises InvalidValue if an action is not possible, or nothing is to be done.
 

@@ -14,8 +14,9 @@ from tunery.planning.advice import answer_limit
 from tunery.planning.prompting import MOST_SHOTS, Prompts, ShotsOrder, Variant
 from tunery.rows.encoding import CHATS, encode_answer, read_rows
 from tunery.rows.messages import Example, FileRole, Message, is_answerable
+from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
-from tunery.spec import Evaluation
+from tunery.spec import Columns, Evaluation, named_columns
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class _Case:
 
 def make(folder: Path, order: ShotsOrder) -> Prompts:
     """Writes the prompts of each variant into `folder`/prompts. Raises InvalidTrainingFile."""
-    asked = [example for _, example in islice(_read(folder / "rows", "test"), order.max_rows)]
+    asked = [example for _, example in islice(_read(folder / "rows", "test", order.columns), order.max_rows)]
     questions = [report_rows.of_example(line, example) for line, example in enumerate(asked, start=1)]
-    shown, left_out = _examples(folder / "examples", questions)
+    shown, left_out = _examples(folder / "examples", questions, order.columns)
     known = [report_rows.of_example(line, example) for line, example in enumerate(shown)]
     if not asked:
         raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no rows. Add some.")
@@ -47,16 +48,16 @@ def make(folder: Path, order: ShotsOrder) -> Prompts:
     return Prompts(variants=list(_variants(case)), examples=len(shown), left_out=left_out, limit=case.limit)
 
 
-def _read(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
-    for row in read_rows(report_rows.chunks(path), role):
+def _read(path: Path, role: FileRole, columns: Columns | None) -> Iterator[tuple[int, Example]]:
+    for row in read_rows(report_rows.chunks(path), role, FileShape(named_columns(columns))):
         yield row.number, CHATS.parse(row, role)
 
 
-def _examples(path: Path, questions: list[Row]) -> tuple[list[Example], int]:
+def _examples(path: Path, questions: list[Row], columns: Columns | None) -> tuple[list[Example], int]:
     """Returns the usable examples, and the number of those that ask the same as an eval row."""
     if not path.exists():
         return [], 0
-    found = {line: example for line, example in _read(path, "training") if is_answerable(example)}
+    found = {line: example for line, example in _read(path, "training", columns) if is_answerable(example)}
     leaks = choice.leaked([report_rows.of_example(line, example) for line, example in found.items()], questions)
     return [example for line, example in found.items() if line not in leaks], len(leaks)
 
