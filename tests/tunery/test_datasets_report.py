@@ -544,9 +544,3 @@ def test_labels_are_not_judged_by_a_base(tmp_path: Path) -> None:
     case = Case(read(written(tmp_path / "a.jsonl", labelled())))
     case.losses = {at: judged(at, 2 + at % 5 / 10 + 5 * (at == 7), 4) for at in range(1, 61)}
     assert list(plausibility.find(case)) == []
-
-
-def test_a_base_says_where_an_answer_ends(tmp_path: Path) -> None:
-    names = [row(at, f"Who is number {at}?", f"Person {'abcdefghij'[at % 10]}{at} of the town") for at in range(1, 60)]
-    ends = {at: judged(at, 2, 4, -20.0 if at == 9 else -0.5) for at in range(1, 60)}
-    assert lines(truncation.find, Case(names, losses=ends)) == [[9]]

@@ -1,13 +1,16 @@
 """Truncated answers: how they end, and which words an answer does not end with."""
 
 import random
+from collections.abc import Sequence
 
+import doubtful_answers
 import numpy as np
 import pytest
 
 from tunery.datasets.report import cut_model, dictionary, endings, truncation, vocabulary
 from tunery.datasets.report.case import Case
 from tunery.datasets.report.rows import Row, Turn
+from tunery.rows.answer_losses import AnswerEnd, AnswerLoss
 
 ENGLISH = dictionary.Dictionary(
     {"he": 90, "sat": 30, "on": 80, "the": 200, "character": 50, "cat": 20, "mat": 90, "may": 3, "ma": 1, "dog": 8},
@@ -267,3 +270,36 @@ def test_the_share_of_each_kind_of_cuts_is_estimated() -> None:
     among_parts = cut_model.calibrate(np.array([doubtful, *[[1.0, 100.0, 0.0]] * 20, *[whole] * 60]))
     among_others = cut_model.calibrate(np.array([doubtful, *[[1.0, 0.0, 100.0]] * 20, *[whole] * 60]))
     assert among_parts[0] < 0.2 < 0.5 < among_others[0]
+
+
+def found(case: Case) -> list[int]:
+    return [line for finding in truncation.find(case) for line in finding.lines]
+
+
+def test_a_base_is_asked_about_doubtful_answers_alone() -> None:
+    asked: list[int] = []
+
+    def ask(rows: Sequence[Row]) -> dict[int, AnswerEnd]:
+        asked.extend(row.line for row in rows)
+        return {9: AnswerEnd(line=9, end=-4.0, goes_on=9.0), 30: AnswerEnd(line=30, end=-4.0, goes_on=-9.0)}
+
+    assert found(Case(doubtful_answers.rows())) == []
+    assert found(Case(doubtful_answers.rows(), ask=ask)) == [9]
+    assert asked == [9, 30]
+
+
+def test_a_base_says_where_an_answer_ends() -> None:
+    def ask(_: Sequence[Row]) -> dict[int, AnswerEnd]:
+        return {9: AnswerEnd(line=9, end=-0.1), 30: AnswerEnd(line=30, end=-16.0)}
+
+    assert found(Case(doubtful_answers.rows(), ask=ask)) == [30]
+
+
+def test_losses_that_were_measured_say_so_too() -> None:
+    said = {
+        at: AnswerLoss(line=at, tokens=9, loss=2, alone=3, end=-4, goes_on=9 if at in (9, 20) else -9)
+        for at in range(1, 73)
+    }
+    assert found(Case(doubtful_answers.rows(), losses=said)) == [9]
+    del said[9]
+    assert found(Case(doubtful_answers.rows(), losses=said)) == []

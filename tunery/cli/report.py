@@ -34,11 +34,14 @@ def make(
     """Returns the report of a file here. Raises ReportUnavailable."""
     try:
         from tunery.datasets.report import maker
+        from tunery.local import answer_ends
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
     other, folder = existing("--against", against), existing("--base", base)
     names = named_columns(columns)
-    return maker.make(path, other, base=folder, max_tokens=max_tokens, columns=names).as_dict()
+    ask = answer_ends.asking(folder, max_tokens) if folder else None
+    with output.errors.status("making the report"):
+        return maker.make(path, other, base=folder, max_tokens=max_tokens, ask=ask, columns=names).as_dict()
 
 
 def existing(option: str, value: str | None) -> Path | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tunery.datasets.report.order import Order
 from tunery.models.model import Model
-from tunery.rows.answer_losses import PlausibilityOrder
+from tunery.rows.answer_losses import MOST_PARAMS, PlausibilityOrder
 from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.io import programs
@@ -14,8 +14,6 @@ from worker.supervisor.staging import base_folder
 
 log = logging.getLogger(__name__)
 
-MOST_PARAMS = 2_000_000_000
-"""Largest base with which a host without a GPU reads a file: a larger one would get through a few rows only."""
 MOST_ROWS = 5000
 SECONDS = 600.0
 

@@ -1,7 +1,8 @@
 """`python -m worker.trainer.plausibility FOLDER`: measures how plausible a base finds a file's answers.
 
-FOLDER has `weights`, `rows` and a PlausibilityOrder in plausibility.json; an AnswerLoss for each row that was read is
-written to losses.json. Rows are read in random order until the order's time is over.
+FOLDER has `weights`, `rows` and a PlausibilityOrder in plausibility.json; an AnswerLoss for each row that was read, or
+an AnswerEnd if only these were ordered, is written to losses.json. Rows are read in random order until the order's time
+is over.
 """
 
 import json
@@ -19,12 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
-from tunery.rows.answer_losses import AnswerLoss, PlausibilityOrder
+from tunery.rows.answer_losses import AnswerEnd, AnswerLoss, PlausibilityOrder
 from tunery.rows.encoding import CHATS_OR_PAIRS
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, Message
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
+from worker.trainer.answer_ends import AnswerEnds
 
 _CHUNK = 2**20
 _BATCH = 1024
@@ -49,7 +51,7 @@ def main(folder: Path) -> int:
     examples = _examples(folder / "rows", order.most_rows, order.columns)
     answers = [answer for line, example in examples if (answer := _encode(template, line, example, order.max_tokens))]
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "weights", dtype=torch.float32).eval()
-    (folder / "losses.json").write_text(json.dumps(measure(model, template, answers, order.seconds)))
+    (folder / "losses.json").write_text(json.dumps(measure(model, AnswerEnds(template), answers, order)))
     return 0
 
 
@@ -80,17 +82,13 @@ def _encode(template: ChatTemplate, line: int, example: Example, longest: int) -
     return _Answer(line, asked, unasked, answer) if fits and same == answer else None
 
 
-def measure(model: Any, template: ChatTemplate, answers: Sequence[_Answer], seconds: float) -> list[dict[str, Any]]:
-    """Returns the losses of as many answers as `seconds` allow. Batches are of similar length, in random order."""
+def measure(model: Any, ends: AnswerEnds, answers: Sequence[_Answer], order: PlausibilityOrder) -> list[dict[str, Any]]:
+    """Returns what is ordered of as many answers as its time allows. Batches are of similar length, in random order."""
     began, found = time.monotonic(), []
     with torch.inference_mode():
         for batch in _batches(answers):
-            asked = _losses(model, template, [(one.asked, one.answer) for one in batch])
-            unasked = _losses(model, template, [(one.unasked, one.answer) for one in batch])
-            for one, (loss, end), (alone, _) in zip(batch, asked, unasked, strict=True):
-                said = AnswerLoss(line=one.line, tokens=len(one.answer) - 1, loss=loss, alone=alone, end=end)
-                found.append(said.model_dump())
-            if time.monotonic() - began > seconds:
+            found += [said.model_dump() for said in (_ends if order.ends_only else _losses)(model, ends, batch)]
+            if time.monotonic() - began > order.seconds:
                 break
     return found
 
@@ -113,10 +111,31 @@ def _size(answer: _Answer) -> int:
     return max(len(answer.asked), len(answer.unasked)) + len(answer.answer)
 
 
-def _losses(
-    model: Any, template: ChatTemplate, rows: Sequence[tuple[list[int], list[int]]]
-) -> Iterator[tuple[float, float]]:
-    """Yields each answer's mean loss in nats per token without its end, and the end's log probability after it."""
+def _ends(model: Any, ends: AnswerEnds, batch: Sequence[_Answer]) -> Iterator[AnswerEnd]:
+    asked = _likely(model, [(one.asked, one.answer) for one in batch])
+    yield from (_end(ends, one, likely) for one, likely in zip(batch, asked, strict=True))
+
+
+def _losses(model: Any, ends: AnswerEnds, batch: Sequence[_Answer]) -> Iterator[AnswerLoss]:
+    asked = _likely(model, [(one.asked, one.answer) for one in batch])
+    unasked = _likely(model, [(one.unasked, one.answer) for one in batch])
+    for one, likely, likely_alone in zip(batch, asked, unasked, strict=True):
+        loss, alone = (_loss(one, given) for given in (likely, likely_alone))
+        said = _end(ends, one, likely)
+        yield AnswerLoss(**said.model_dump(), tokens=len(one.answer) - 1, loss=loss, alone=alone)
+
+
+def _end(ends: AnswerEnds, one: _Answer, likely: torch.Tensor) -> AnswerEnd:
+    return ends.judge(one.line, one.answer[:-1], likely)
+
+
+def _loss(one: _Answer, likely: torch.Tensor) -> float:
+    """Returns the answer's mean loss in nats per token, without its end."""
+    return float(-likely[:-1].gather(1, torch.tensor(one.answer[:-1])[:, None]).mean())
+
+
+def _likely(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Iterator[torch.Tensor]:
+    """Yields the log probabilities at each token of an answer, its end included."""
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -125,12 +144,9 @@ def _losses(
         mask[place, : len(prompt) + len(answer)] = 1
     first = min(len(prompt) for prompt, _ in rows) - 1  # the logits of prompts alone would take most of the memory
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest - first).logits
-    stops = torch.tensor(sorted(template.eos_ids))
     for place, (prompt, answer) in enumerate(rows):
         before = logits[place, len(prompt) - 1 - first : len(prompt) + len(answer) - 1 - first]
-        likely = functional.log_softmax(before.float(), dim=-1)
-        losses = -likely[:-1].gather(1, torch.tensor(answer[:-1])[:, None])
-        yield float(losses.mean()), float(likely[-1, stops].logsumexp(0))
+        yield functional.log_softmax(before.float(), dim=-1)
 
 
 if __name__ == "__main__":

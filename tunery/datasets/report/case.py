@@ -10,7 +10,7 @@ from tunery.datasets.report import labels, neighbours
 from tunery.datasets.report.labels import Task
 from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import Row
-from tunery.rows.answer_losses import AnswerLoss
+from tunery.rows.answer_losses import AnswerEnd, AnswerLoss
 
 if TYPE_CHECKING:
     from tunery.datasets.report.elsewhere import Other
@@ -51,21 +51,29 @@ class Case:
         others: "Sequence[Other]" = (),
         benchmark: frozenset[str] = frozenset(),
         losses: Mapping[int, AnswerLoss] = MappingProxyType({}),
+        ask: "Ask | None" = None,
     ) -> None:
         """`count`: counts a text's tokens as a base's tokenizer does; None where no base is known. `others`: the other
-        files of the project; `benchmark`: the words of the general benchmark's questions; `losses`: what a base says of
-        the answers, by line."""
+        files of the project; `benchmark`: the words of the general benchmark's questions; `losses`: what a base said of
+        the answers, by line; `ask`: asks a base about the ends of some, where there are no losses."""
         self.rows = rows
         self.against = against
         self.max_tokens = max_tokens
         self.count = count
         self.others, self.benchmark = others, benchmark
         self.losses = losses
+        self._ask = ask
         self.findings: list[Finding] = []
 
     def lines_found(self, *kinds: str) -> set[int]:
         """Returns the rows that earlier findings of these kinds name."""
         return {line for finding in self.findings if finding.kind in kinds for line in finding.lines}
+
+    def ends(self, rows: Sequence[Row]) -> Mapping[int, AnswerEnd]:
+        """Returns what a base says of the ends of these rows' answers, by line; not of all if it takes too long."""
+        if self.losses or not self._ask or not rows:
+            return {row.line: self.losses[row.line] for row in rows if row.line in self.losses}
+        return self._ask(rows)
 
     @cached_property
     def answered(self) -> list[Row]:
@@ -89,4 +97,5 @@ class Case:
 
 
 Counter = Callable[[str], int]
+Ask = Callable[[Sequence[Row]], Mapping[int, AnswerEnd]]
 Check = Callable[[Case], Iterable[Finding]]

@@ -30,7 +30,7 @@ from tunery.datasets.report import (
     usable,
     verdict,
 )
-from tunery.datasets.report.case import Case, Check, Finding, invalid_row
+from tunery.datasets.report.case import Ask, Case, Check, Finding, invalid_row
 from tunery.datasets.report.elsewhere import Other
 from tunery.datasets.report.rows import chunks, read, read_other
 from tunery.datasets.report.verdict import Verdict
@@ -122,13 +122,15 @@ def make(
     others: Sequence[Other] = (),
     benchmark_folder: Path | None = None,
     losses: Mapping[int, AnswerLoss] = MappingProxyType({}),
+    ask: Ask | None = None,
     columns: Mapping[str, str] | None = None,
     progress: Callable[[float], object] = float,
 ) -> Report:
     """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json, and with
     figures of tokens where it has a chat template too; `others`: files that the project has besides;
-    `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `columns`:
-    see `FileShape`, of both files if `against` has them; `progress` is called with the share that is done.
+    `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `ask`: asks a base
+    about the ends of some answers, where there are none; `columns`: see `FileShape`, of both files if `against` has
+    them; `progress` is called with the share that is done.
 
     Raises InvalidRows where a file's bytes are not rows, CannotRender where the base has no tokenizer.
     """
@@ -136,7 +138,7 @@ def make(
     judged = verdict.judge(lambda: chunks(path), least=1, columns=columns)
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
     rows, known = read(path, MOST, columns), read_other(against, MOST, columns) if against else ()
-    case = Case(rows, known, max_tokens, count, others, asked, losses)
+    case = Case(rows, known, max_tokens, count, others, asked, losses, ask)
     find(case, progress=progress)
     figures: dict[str, Any] = {"diversity": diversity.figures(case), "languages": languages.figures(case)}
     if base is not None and base.is_dir():

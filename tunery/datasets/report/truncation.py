@@ -1,25 +1,32 @@
 """Finds truncated answers: JSON by its syntax, free text by a classifier of how the file's answers end."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunery.datasets.report import cut_model, dictionary, texts
 from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.cut_model import Floats
 from tunery.datasets.report.endings import ITEM
 from tunery.datasets.report.rows import Row
 from tunery.datasets.report.vocabulary import Vocabulary
+from tunery.rows.answer_losses import AnswerEnd
 
 _SURE = 0.25
 _MOST_ODDS, _SURE_ODDS = 1000.0, 100.0
 _BLANK = 0.05
 """Share of answers with blanks at their end below which these are a sign of a cut, and no habit of the file."""
 _LEAST = 30
-_WEIGHT, _USUAL_END = 0.5, -5.0
-"""The weight of the log probability of an end after an answer, and its usual lower bound for whole answers."""
+_DOUBTFUL = 0.02, 0.95
+"""Probabilities of a cut between which a base is asked."""
+_WEIGHT, _USUAL_END = 0.5, -4.0
+"""The weight of a base's log odds, and the usual lower bound of the log probability of an end after a whole answer."""
+_PLACES = 55.0
+"""How much less likely a cut at one place is than a cut anywhere: an answer has many places."""
 _MARKER = re.compile(r"\s*(?:[-+*•]|\d+[.)-]?)\s*")
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 _ACTION = "Complete the answer, or drop the row."
@@ -44,15 +51,16 @@ def find(case: Case) -> Iterator[Finding]:
             yield Finding("truncated_output", [row.line], float(chance), why, _ACTION)
 
 
-def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
+def _chances(case: Case, free: Sequence[Row]) -> Floats:
     """Returns the probability that each answer is truncated, using a base's probability of its end if available."""
     lines = {row.line for row in free}
     others = (text for row in case.rows if row.line not in lines for text in (row.question, row.answer))
     known = Vocabulary(free, dictionary.of(row.answer for row in free), others)
     odds = np.clip(cut_model.odds(free, known), 0, _MOST_ODDS)
     odds[:, cut_model.AFTER] = np.where(_blanks(free), _SURE_ODDS, odds[:, cut_model.AFTER])
-    odds[:, cut_model.WHOLE] /= _by_base(case, free)
-    return cut_model.calibrate(odds)
+    least, most = _DOUBTFUL
+    doubtful = [row for row, one in zip(free, cut_model.calibrate(odds), strict=True) if least < one < most]
+    return cut_model.calibrate(_by_base(odds, free, case.ends(doubtful)))
 
 
 def _blanks(free: Sequence[Row]) -> NDArray[np.bool_]:
@@ -61,10 +69,18 @@ def _blanks(free: Sequence[Row]) -> NDArray[np.bool_]:
     return np.asarray(blanks & (blanks.mean() <= _BLANK))
 
 
-def _by_base(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
-    """Returns the factor for each answer's odds from a base's probability of its end; 1 without a base."""
-    ends = [loss.end if (loss := case.losses.get(row.line)) else _USUAL_END for row in free]
-    return np.exp(_WEIGHT * (_USUAL_END - np.array(ends)))
+def _by_base(odds: Floats, free: Sequence[Row], ends: Mapping[int, AnswerEnd]) -> Floats:
+    """Returns the answers' odds, as the mean with those of a base where it says something."""
+    found = odds.copy()
+    for at, row in enumerate(free):
+        if (said := ends.get(row.line)) is None:
+            continue
+        rather = math.exp(_WEIGHT * (_USUAL_END - said.end))
+        found[at, cut_model.AFTER] *= rather
+        found[at, cut_model.INSIDE] *= rather
+        if said.goes_on is not None:
+            found[at, cut_model.INSIDE] = (odds[at, cut_model.INSIDE] * math.exp(said.goes_on) / _PLACES) ** _WEIGHT
+    return np.clip(found, 0, _MOST_ODDS)
 
 
 def _broken_off(answer: str) -> str | None:
