@@ -149,6 +149,56 @@ def test_roles_are_put_in_order_where_one_order_is_meant(tmp_path: Path, spoken:
         assert rows[0] == chat(*(text for _, text in said), roles=" ".join(role for role, _ in said))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "redacted"),
+    [
+        ('{"user":"ana","pin": 4821}', '{"user":"ana","pin": "<SECRET>"}'),
+        ({"user": "ana", "pin": 4821}, {"user": "ana", "pin": "<SECRET>"}),
+        ({"a": [{"pwd": "hunter22"}], "n": 7}, {"a": [{"pwd": "<SECRET>"}], "n": 7}),
+        ('{"phone": 5205550467, "say": "is <SECRET>, no"}', '{"phone": "<PHONE_NUMBER>", "say": "is <SECRET>, no"}'),
+    ],
+)
+def test_values_of_a_call_are_redacted_by_their_names(tmp_path: Path, arguments: Any, redacted: Any) -> None:
+    """A number becomes a text, so that the arguments stay JSON and a job takes the row."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    path = written(
+        tmp_path / "t.jsonl",
+        [{"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [call]}]}],
+    )
+    done, (row,) = cleaned(path, Cleaning(actions=[Action(kind="pii", action="redact")]))
+    assert [(one.line, one.kind) for one in done.changed] == [(1, "pii")]
+    assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == redacted
+    assert maker.make(tmp_path / "clean.jsonl").findings == []
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"), [("4111111111111111", "<CREDIT_CARD>"), ('[{"pin": 4821}', '[{"pin": <SECRET>}')]
+)
+def test_a_text_that_is_no_object_in_json_gets_no_quotes(text: str, redacted: str) -> None:
+    assert redaction.redact_text(text) == redacted
+
+
+def test_a_row_is_dropped_where_a_redaction_leaves_personal_data(tmp_path: Path) -> None:
+    """The password stands in another part than its name; the address alone could be replaced."""
+    parts = [{"type": "text", "text": text} for text in ("I am ana@example.org, password:", "hunter22")]
+    question = {"role": "user", "content": parts}
+    path = written(
+        tmp_path / "t.jsonl", [{"messages": [question, *chat("x", roles="assistant")["messages"]]}, chat("a", "b")]
+    )
+    done, rows = cleaned(path, Cleaning(actions=[Action(kind="pii", action="redact")]))
+    assert (dropped(done), done.changed, rows) == ([(1, "pii")], [], [chat("a", "b")])
+
+
+def test_a_row_is_dropped_where_a_redaction_would_break_it(tmp_path: Path) -> None:
+    """A key without its end is redacted to the end of the text, with what closes the JSON of the arguments."""
+    arguments = json.dumps({"key": "-----BEGIN RSA PRIVATE KEY-----MIIE"})
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    opened = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [call]}]}
+    path = written(tmp_path / "t.jsonl", [opened, chat("a", "b")])
+    done, rows = cleaned(path, Cleaning(actions=[Action(kind="pii", action="redact")]))
+    assert (dropped(done), done.changed, rows) == ([(1, "pii")], [], [chat("a", "b")])
+
+
 NAMED = Columns(prompt="Frage", completion="Antwort")
 
 

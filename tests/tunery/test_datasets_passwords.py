@@ -41,6 +41,8 @@ GIVEN = [
     ("パスワードは abc12345 です", "abc12345"),
     ("My password is hunter2.", "hunter2"),
     ("I changed my passcode: 482913", "482913"),
+    ("My pin is 4821!", "4821"),
+    ("PIN:4821#", "4821"),
 ]
 NOT_GIVEN = [
     "The password is 1024 bits long",
@@ -97,6 +99,7 @@ NOT_GIVEN = [
     "password -> password2",
     "I set my password in 2019",
     "Password1 and Password2 must match",
+    r"pwd: C:\Users\ana2",
 ]
 
 

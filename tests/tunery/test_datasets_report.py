@@ -125,6 +125,7 @@ def test_empty_answers(answer: str) -> None:
         ("pay BE68 5390 0754 7034 today", "an account number"),
         ("my number is 373-35-1954.", "a social security number"),
         ("my social security number is 373-35-1954.", "a social security number"),
+        ("call 415\u2011555\u20112671, 06\u202f12\u202f34\u202f56\u202f78", "a phone number"),
         ("the passwort ist Geheim123!", "a key or password"),
         ("api_key = '9f8a7b6c5d4e3f2a1b0c'", "a key or password"),
         ("key AKIAIOSFODNN7EXAMPLQ is set", "a key or password"),
@@ -147,6 +148,9 @@ def test_personal_data(text: str, kind: str) -> None:
         "GB00WEST12345698765432",
         "order an12 words of the text that are long enough to be read",
         "API_KEY=your_api_key_123456 and api_key = get_key_of_user1(abc)",
+        "auth_token = newToken12ForUser(abc) or api_key = tokens12OfAllUsers['x']",
+        "api_key = settings.OPENAI_API_KEY_V2",
+        "private_key: id_rsa_deploy_2024_key",
     ],
 )
 def test_no_personal_data(text: str) -> None:
@@ -184,6 +188,15 @@ def test_an_address_after_a_long_run_of_letters() -> None:
     text = f"{'0123456789abcdef' * 20_000}@example.org"
     (place,) = privacy.places_in(text)
     assert text[place.begin : place.end] == f"{('0123456789abcdef' * 20_000)[-64:]}@example.org"
+
+
+def test_names_of_keys_in_a_long_run() -> None:
+    """A value is read once, whatever stands after it: the time of a line is not the square of its length."""
+    name = "api_key="
+    for text in (name * 100_000, name * 100_000 + "("):
+        assert list(privacy.places_in(text)) == []
+    (place,) = privacy.places_in(text[:-1] + "a1b2")
+    assert (place.begin, place.end) == (len(name), len(text) + 3)
 
 
 def test_answers_cut_inside_json_code_and_labels() -> None:

@@ -151,11 +151,18 @@ def _edit(plan: Plan, edits: Mapping[int, list[Finding]], read_rows: ReadRows) -
 def _redact(source: SourceRow) -> tuple[SourceRow, Changed] | None:
     before = source.load()
     after = redaction.redact(before)
-    if after == before:
+    redacted = source._replace(fields=after)
+    row = of_source(redacted)
+    # What is left, such as a value in another part than its name, cannot be replaced alone.
+    if _personal(row) or (row.fault is not None and of_source(source).fault is None):
         return None
-    kinds = dict.fromkeys(kind for text in of_source(source).texts for kind in privacy.kinds_in(text))
-    said = " and ".join(kinds)
-    return source._replace(fields=after), Changed(source.number, "pii", said, redaction.excerpt(before, after))
+    said = " and ".join(_personal(of_source(source)))
+    return redacted, Changed(source.number, "pii", said, redaction.excerpt(before, after))
+
+
+def _personal(row: Row) -> dict[str, None]:
+    """Returns the kinds of personal data in a row's texts."""
+    return dict.fromkeys(kind for text in row.texts for kind in privacy.kinds_in(text))
 
 
 def _fix(source: SourceRow, answers: set[str]) -> tuple[SourceRow, Changed] | None:

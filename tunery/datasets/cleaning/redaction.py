@@ -1,5 +1,6 @@
 """Replaces personal data and secrets in rows by placeholders that name their kind."""
 
+import json
 import re
 from typing import Any
 
@@ -15,6 +16,9 @@ _NAMES = {
 }
 """Placeholders, with Presidio's names."""
 _KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_STRING_OR_PLACEHOLDER = re.compile(rf'"(?:[^"\\]|\\.)*+"|{"|".join(_NAMES.values())}', re.DOTALL)
+_ARGUMENTS = "arguments"
+"""The key of a call's arguments, which a report reads as JSON text, with their names."""
 _AROUND = 20
 _ROUNDS = 3
 
@@ -24,12 +28,36 @@ def redact(value: Any) -> Any:
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, dict):
-        return {key: redact(inner) for key, inner in value.items()}
+        return {key: _redact_member(key, inner) for key, inner in value.items()}
     return [redact(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _redact_member(key: str, value: Any) -> Any:
+    if key != _ARGUMENTS or not isinstance(value, dict):
+        return redact(value)
+    spelled = json.dumps(value, ensure_ascii=False)
+    redacted = redact_text(spelled)
+    return json.loads(redacted) if redacted != spelled and _is_json(redacted) else redact(value)
+
+
 def redact_text(text: str) -> str:
-    """Returns the redacted text. It is searched again, as text beside a placeholder may only then look personal."""
+    """Returns the redacted text; an object or a list in JSON stays one."""
+    redacted = _redact_places(text)
+    if redacted == text or not _is_json(text) or _is_json(redacted):
+        return redacted
+    return _STRING_OR_PLACEHOLDER.sub(lambda found: found[0] if found[0][0] == '"' else f'"{found[0]}"', redacted)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is an object or a list in JSON."""
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _redact_places(text: str) -> str:
+    """Returns the text with placeholders. It is searched again, as text beside one may only then look personal."""
     text = _KEY_BLOCK.sub(_NAMES[privacy.KEY], text)
     for _ in range(_ROUNDS):
         places = sorted(privacy.places_in(text))

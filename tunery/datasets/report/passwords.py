@@ -31,7 +31,7 @@ _NO_PASSWORD = re.compile(
     | (?:\w*_)?(?:pass|password|passwd|pwd|pin|pw)_?\d  # a name in code
     | \d+-?(?:st|nd|rd|th|h|am|pm|min|[mg]b|bits?|bytes?|chars?|characters?|digits?|letters?|days?|zeichen|stellig|mal)
     | (?:sha|md|base|utf|aes|rsa|wpa|ripemd|argon|s?crypt|bcrypt|pbkdf|ntlm|v|level|step|option)-?\d.*
-    | .*(?:example|xxx|placeholder|changeme|:/).*
+    | .*(?:example|xxx|placeholder|changeme|:[/\\]).*
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -49,7 +49,7 @@ def find(text: str) -> Iterator[tuple[int, int]]:
     if not (_SIGN.search(text) and _may_have_one(text.lower())):
         return
     for match in _GIVEN.finditer(text):
-        value = match["value"].rstrip(".?:")
+        value = match["value"].rstrip(".?:!#" if match["pin"] else ".?:")
         if _is_secret(match, value) and not _COUNTED.match(text, match.end()):
             yield match.start("value"), match.start("value") + len(value)
 

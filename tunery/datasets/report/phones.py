@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import phonenumbers
 from phonenumbers import Leniency, NumberParseException, PhoneNumberMatcher
 
-_INTERNATIONAL = re.compile(r"(?<![\w/*=-])\+[\d\s().-]{6,}\d(?![\w*/=-])")
+_INTERNATIONAL = re.compile(
+    r"(?<![\w/*=-])(?:\((?=\+\d{1,3}\)))?\+(?:[\d\s().-]|/(?=\d{3})|/ (?=\d{3})){6,}\d(?![\w*=-]|/\d)"
+)
 _NATIONAL = re.compile(
-    r"""(?<![A-Za-z0-9_.,/*+$€£¥₹\#-]) (?<![\d$€£¥₹][ \u00a0]) (?<!\d\)[ \u00a0])
-    (?: \(\d{1,6}\) | \d{1,6} )
-    (?: [ \u00a0.-]? | [ \u00a0]?/[ \u00a0]? ) \d{2,8}
-    (?: [ \u00a0.-] \d{2,5} ){0,4}
-    (?! [A-Za-z0-9_*=%°$€£¥₹] | -[A-Za-z] | [ \u00a0]? [-+*/.,:=] [ \u00a0]? \d | [ \u00a0] [\d$€£¥₹%°+*=] )""",
+    r"""(?<![A-Za-z0-9_.,/*+$€£¥₹\#-]) (?<![\d$€£¥₹][ ]) (?<!\d\)[ ])
+    (?: 00 [ ]? [1-9]\d{0,3} (?: [ ]? \(0\) [ ]? \d{1,5} )? (?: [ ./-] \d{1,8} ){1,6}  # abroad
+    | (?: \(\d{1,6}\) | \d{1,6} ) (?: [ .-]? | [ ]?/[ ]? ) \d{2,8} (?: [ .-] \d{2,5} ){0,4} )
+    (?! [A-Za-z0-9_*=%°$€£¥₹] | -[A-Za-z] | [ ]? [-+*/.,:=] [ ]? \d | [ ] [\d$€£¥₹%°+*=] )""",
     re.VERBOSE,
 )
 _LEAST, _LEAST_OF_FORM, _MOST = 7, 9, 15
@@ -44,7 +45,7 @@ _NO_PHONE = re.compile(
     """,
     re.VERBOSE,
 )
-_RANGE = re.compile(r"\d+|\d{1,5} ?[-/] ?\d{1,5}|[1-9]\d{0,2}(?:[ \u00a0]\d{3})+")
+_RANGE = re.compile(r"\d+|\d{1,5} ?[-/] ?\d{1,5}|[1-9]\d{0,2}(?: \d{3})+")
 """Digits that are as likely a count, a range or an amount."""
 _DIFFERENT = 3
 """Least different characters of a number."""
@@ -54,7 +55,8 @@ _PHONES = (
     r"(?:(?:tele|cell)?phones?|tel|cell|mobile|landline|fax|hotline|helpline|(?:direct|phone)\ line|whatsapp|sms"
     r"|contact\ (?:number|no)|toll[ -]free|telefon\w*|handy(?:s|nummer)?|mobil(?:nummer|funk\w*|telefon\w*|nr)?"
     r"|rufnummer|festnetz\w*|durchwahl|faxnummer|téléphone|tél|portable|télécopie|teléfono\w*|móvil|celular|fijo"
-    r"|cellulare|telefone|telemóvel|telefoon\w*|mobiele?|gsm|komórk\w*|puhelin\w*|cep|телефон\w*|тел)" + _NUMBER
+    r"|cellulare|telefone|telemóvel|telefoon\w*|mobiele?|gsm|komórk\w*|puhelin\w*|cep\ (?:no|numara\w*)|телефон\w*|тел)"
+    + _NUMBER
 )
 _CALLS = (
     r"(?:call(?:s|ing|back)?|dial(?:ed|led|ing|ling)?|ring(?:ing)?|text(?:ing)?|reach(?:ed|able|ing)?"
@@ -113,6 +115,8 @@ def _has_its_form(number: str) -> bool:
         return False
     if _MADE_UP.fullmatch(digits):
         return True
+    if digits.startswith("00"):
+        return _is_valid_in(None, f"+{digits[2:]}")
     regions = _TRUNK if digits[0] == "0" else (_OFFICE,) if len(digits) > 9 else ()
     return any(_is_valid_in(region, digits) and _is_grouped_as_in(region, number) for region in regions)
 
@@ -143,7 +147,7 @@ def _is_valid(number: str) -> bool:
     return any(_is_valid_in(region, digits) for region in _REGIONS)
 
 
-def _is_valid_in(region: str, digits: str) -> bool:
+def _is_valid_in(region: str | None, digits: str) -> bool:
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(digits, region))
     except NumberParseException:  # what may be another country's code is none

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from tunery.datasets.report.case import Case, Finding
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
-_CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ \u00a0-]?\d){9,15}(?![\w-]|[.,]\d)")
-_IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ \u00a0-]?[A-Za-z\d]){11,30}\b")
+_CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
+_IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z\d]){11,30}\b")
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
-_NUMBER = re.compile(r"[+\d][\d\s()./-]{5,}\d")
+_NUMBER = re.compile(r"[+\d][\d\s()./\u2010-\u2013-]{5,}\d")
 """What every phone, card, account and social security number has, so that few texts are searched for each of them."""
+_TYPESET = {ord(sign): " " for sign in "\u00a0\u2007\u2009\u202f"} | {
+    ord(sign): "-" for sign in "\u2010\u2011\u2012\u2013"
+}
+"""Spaces and hyphens of typesetting, by the one that is typed: as long, so that places stay the same."""
 _KEY = re.compile(
     r"(?<![A-Za-z0-9_/+=.-])(?=[a-z/.-]*[A-Z0-9_+=])[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/:]+:[^\s/@]+@"
 )
@@ -40,11 +44,14 @@ _MORE_KEYS = re.compile(
     r"\b(?:sk-(?:ant-|proj-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|AIza[\w-]{35}|github_pat_\w{22,}|glpat-[\w-]{20,})"
 )
 _NAMED_KEY = re.compile(
-    r"(?:api|access|secret|auth|client|private)[ _-]?(?:key|token|secret)[\"']?(?:\s*[:=]\s*|\s+is:?\s+)[\"'`\u201c]?"
-    r"(?P<key>(?=[A-Za-z_+/=.-]*\d)(?=[\d_+/=.-]*[A-Za-z])(?!(?i:your|example|xxx))[A-Za-z0-9_+/=.-]{16,})(?![(\[])",
+    r"(?:api|access|secret|auth|client|private)[ _-]?(?:key|token|secret)[\"']?(?:\s*[:=]\s*|\s+is:?\s+)"
+    r"(?P<quote>[\"'`\u201c])?(?P<key>[A-Za-z0-9_+/=.-]{16,}+)",
     re.IGNORECASE,
 )
-"""A long value with letters and digits after a name such as `api_key`."""
+"""A long value after a name such as `api_key`."""
+_MADE_UP = re.compile(r"your|example|xxx", re.IGNORECASE)
+_NAME_IN_CODE = re.compile(r"[A-Za-z]+\d{0,4}(?:[._](?:[A-Za-z]+\d{0,4}|\d{1,4}))+")
+"""Words with dots or underscores between, such as `settings.api_key_v2`."""
 EMAIL, CARD, ACCOUNT = "an e-mail address", "a card number", "an account number"
 SSN, PHONE, KEY = "a social security number", "a phone number", "a key or password"
 _ACTION = "Replace it with a made-up value, or drop the row."
@@ -85,6 +92,7 @@ def places_in(text: str) -> Iterator[Place]:
 
 
 def _numbers_in(text: str) -> Iterator[Place]:
+    text = text.translate(_TYPESET)
     yield from (Place(*match.span(), CARD) for match in _CARD.finditer(text) if _is_card(match[0]))
     for match in _IBAN.finditer(text):
         if size := _account_size(match[0]):
@@ -121,13 +129,13 @@ def _is_card(text: str) -> bool:
 def _account_size(text: str) -> int:
     """Returns the length of the account number at a text's beginning, or 0. The text may include capitalised words
     after the number."""
-    ends = [match.start() for match in re.finditer(r"[ \u00a0-]|$", text)]
+    ends = [match.start() for match in re.finditer(r"[ -]|$", text)]
     return next((end for end in reversed(ends) if _is_account(text[:end])), 0)
 
 
 def _is_account(text: str) -> bool:
     # Whether there is such a bank does not matter: it is unknown for most countries, and made-up numbers count too.
-    return iban.is_valid(re.sub(r"[ \u00a0-]", "", text), check_country=False)
+    return iban.is_valid(re.sub(r"[ -]", "", text), check_country=False)
 
 
 _CLASSES: dict[str, Any] = get_mapping_from_secret_type_to_class()
@@ -137,9 +145,18 @@ _DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _
 def _secrets_of(line: str) -> Iterator[tuple[int, int]]:
     """Yields the begin and end of each secret in a line or a part of one."""
     yield from (match.span() for match in _MORE_KEYS.finditer(line))
-    yield from (match.span("key") for match in _NAMED_KEY.finditer(line))
+    yield from (match.span("key") for match in _NAMED_KEY.finditer(line) if _is_key(match))
     for detector in _DETECTORS:
         if any(True for _ in detector.analyze_string(line)):
             # What the detector gives back is a group of its pattern, for some keys their first letters alone.
             matches = [match for pattern in detector.denylist for match in pattern.finditer(line)]
             yield from [match.span() for match in matches] or [(0, len(line))]
+
+
+def _is_key(match: re.Match[str]) -> bool:
+    key = match["key"]
+    if match.string.startswith(("(", "["), match.end()) or _MADE_UP.match(key):
+        return False
+    if not match["quote"] and _NAME_IN_CODE.fullmatch(key):
+        return False
+    return re.search(r"\d", key) is not None and re.search(r"[A-Za-z]", key) is not None
