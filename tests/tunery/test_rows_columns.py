@@ -113,6 +113,13 @@ def test_a_first_row_without_a_value_says_which(table: bytes, missing: str) -> N
     assert can_be_named(refused.value.message)
 
 
+@pytest.mark.parametrize("row", [{"Frage": "q", "Antwort": None}, {"Frage": "q", "antwort": "a"}])
+def test_a_first_row_without_a_named_column_says_which(row: dict[str, Any]) -> None:
+    with pytest.raises(InvalidTrainingFile) as refused:
+        check_examples([json.dumps(row).encode()], encoder=encoder_of_any("assistant", NAMED), least=1)
+    assert "prompt/completion, but has no value in 'Antwort'. Add it" in refused.value.message
+
+
 def test_a_text_beside_other_empty_columns_is_plain() -> None:
     assert check_examples([b"text,source\nOnce.,\nTwice.,x\n"], least=1).shape.name == "plain text"
     assert check_examples([b"text,label\nOnce.,\n"], least=1, encoder=encoder_of_any("assistant", Columns(text="text")))

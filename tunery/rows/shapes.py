@@ -69,18 +69,19 @@ class FileShape:
         return row if self.shape.name == CHAT else self.shape.convert(row)
 
     def _detect(self, row: dict[str, Any], source: SourceRow) -> Shape:
-        empty = {} if self.columns else {key: "" for key, value in source.load().items() if value is None}
+        read = self.columns or source.load()
+        empty = {key: "" for key in read if key not in row}
         try:
             shape = detect(row)
         except ValueError as error:
-            if (reason := _lacks_values(row, empty)) is not None:
+            if (reason := _lacks_values(row, empty, self.columns)) is not None:
                 raise ValueError(reason) from error
             raise
         if isinstance(shape, TextShape):
             # A text is no whole row where other rows have its answer or class.
             answers = {key: "" for key in empty if key.strip().casefold() in _BESIDE_TEXT}
             detect({**row, **answers})
-            if (reason := _lacks_values(row, answers)) is not None:
+            if (reason := _lacks_values(row, answers, self.columns)) is not None:
                 raise ValueError(reason)
         return shape
 
@@ -202,7 +203,7 @@ def _are_rows(value: Any) -> bool:
     return True
 
 
-def _lacks_values(row: Mapping[str, Any], empty: Mapping[str, str]) -> str | None:
+def _lacks_values(row: Mapping[str, Any], empty: Mapping[str, str], columns: Mapping[str, str]) -> str | None:
     """Returns which value is missing in a row that would have a shape with values in its empty columns, or None."""
     try:
         shape = detect({**row, **empty}) if empty else None
@@ -212,7 +213,7 @@ def _lacks_values(row: Mapping[str, Any], empty: Mapping[str, str]) -> str | Non
     if shape is None or not missing:
         return None
     return (
-        f"{_START}: the row is like those of {shape.name}, but has no value in '{missing[0]}'. Add it, remove the row, "
+        f"{_START}: the row is like those of {shape.name}, but has no value in '{columns.get(missing[0], missing[0])}'. Add it, remove the row, "
         f"or name other columns {_BY_HAND}"
     )
 
