@@ -206,6 +206,24 @@ def test_rows_that_are_read_by_columns_are_compared_with_other_files(
     assert (elsewhere[table], elsewhere[last]) == ([([5, 6, 7], [1, 2, 3])], [([1], [2])])
 
 
+def test_a_content_is_compared_by_its_report_with_most_rows(workshop: Workshop) -> None:
+    """One report of each content, also if it was read by columns that it lacks, and if several files have it."""
+    asking, table, older = (workshop.file(data) for data in (training_rows(12), TABLE, training_rows(13)))
+    workshop.file(TABLE)
+    wrong, empty = Columns(prompt="Fragen", completion="Antworten"), {"usable": {"rows": 0}}
+    with workshop.session() as session:
+        file = session.get_one(File, table)
+        by_columns = [reports.request(session, file, columns=columns) for columns in (None, NAMED, wrong)]
+        for report in session.scalars(select(FileReport)):
+            rows = {"usable": {"rows": 12}} if report.columns == NAMED.named else empty
+            reports.finish(session, report, summary={"trainable": True, "reason": None, **rows})
+        session.flush()
+        asked = session.get_one(File, asking)
+        found = reports.others(session, asked.project_id, asked.sha256, most=2)
+        assert {one.sha256 for one, _ in found} == {file.sha256, session.get_one(File, older).sha256}
+        assert by_columns[1] in [report for _, report in found]
+
+
 def test_another_report_counts_by_a_base_and_compares_with_a_file(
     workshop: Workshop, report_all: Callable[[], int]
 ) -> None:

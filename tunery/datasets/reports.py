@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, exists, func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import distinct_on, insert
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
@@ -190,18 +190,20 @@ def others(session: Session, project_id: str, sha256: str, *, most: int = 20) ->
         FileCleaning.source_id == File.id, FileCleaning.file_id.in_(same) | FileCleaning.held_out_id.in_(same)
     )
     is_made = exists().where(FileCleaning.source_id.in_(same), into)
-    query = (
-        select(File, FileReport)
+    usable = FileReport.summary["usable"]["rows"].as_integer()
+    best = (
+        select(File.id.label("file"), FileReport.id.label("report"))
+        .ext(distinct_on(File.sha256))
         .join(FileReport, (FileReport.project_id == File.project_id) & (FileReport.sha256 == File.sha256))
         .where(File.project_id == project_id, File.sha256 != sha256, File.deleted_at.is_(None))
         .where(~is_source, ~is_made)
         .where(FileReport.status == READY, FileReport.base == "", FileReport.against == "")
-        # A report by columns follows the plain one and replaces it: by its own names the content may have no rows.
-        .order_by(File.created_at.desc(), (FileReport.columns == {}).desc(), FileReport.created_at)
-        .limit(most)
+        # Read by its own names, or by columns that it lacks, a content may have no rows.
+        .order_by(File.sha256, usable.desc().nulls_last(), FileReport.created_at.desc(), File.created_at.desc())
+        .subquery()
     )
-    by_content = {file.sha256: (file, found) for file, found in session.execute(query)}
-    return list(by_content.values())
+    query = select(File, FileReport).join(best, File.id == best.c.file).join(FileReport, FileReport.id == best.c.report)
+    return [(file, found) for file, found in session.execute(query.order_by(File.created_at.desc()).limit(most))]
 
 
 # --- going --------------------------------------------------------------------------------------------------------

@@ -213,8 +213,8 @@ def _lacks_values(row: Mapping[str, Any], empty: Mapping[str, str], columns: Map
     if shape is None or not missing:
         return None
     return (
-        f"{_START}: the row is like those of {shape.name}, but has no value in '{columns.get(missing[0], missing[0])}'. Add it, remove the row, "
-        f"or name other columns {_BY_HAND}"
+        f"{_START}: the row is like those of {shape.name}, but has no value in "
+        f"'{columns.get(missing[0], missing[0])}'. Add it, remove the row, or name other columns {_BY_HAND}"
     )
 
 
