@@ -12,6 +12,8 @@ down_revision = "0018"
 
 def upgrade() -> None:
     with op.get_context().autocommit_block():
+        # An attempt that was given up leaves an index that is not valid.
+        op.drop_index("ix_jobs_measured", "jobs", if_exists=True, postgresql_concurrently=True)
         op.create_index(
             "ix_jobs_measured",
             "jobs",

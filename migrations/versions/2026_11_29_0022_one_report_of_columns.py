@@ -15,6 +15,8 @@ _OLD = "uq_file_reports_project_id_sha256_base_against"
 
 def upgrade() -> None:
     with op.get_context().autocommit_block():
+        # An attempt that was given up leaves an index that is not valid.
+        op.drop_index("uq_file_reports_content", "file_reports", if_exists=True, postgresql_concurrently=True)
         op.create_index(
             "uq_file_reports_content",
             "file_reports",

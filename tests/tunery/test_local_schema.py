@@ -78,6 +78,19 @@ def test_a_database_with_reports_by_columns_goes_back_to_the_release_before(data
         assert [report.columns for report in session.scalars(select(FileReport))] == [{}]
 
 
+@pytest.mark.parametrize(
+    ("before", "index"),
+    [("0018", "ix_jobs_measured ON jobs (id)"), ("0021", "uq_file_reports_content ON file_reports (id)")],
+)
+def test_an_upgrade_that_was_given_up_is_run_again(database: Database, before: str, index: str) -> None:
+    """CREATE INDEX CONCURRENTLY has no transaction: where it gives up on a lock, its index stays and is not valid."""
+    command.downgrade(schema._config(database.url), before)
+    with database.sessions.begin() as session:
+        session.execute(text(f"CREATE INDEX {index}"))
+    schema.upgrade(database.url)
+    schema.compare(database.url)
+
+
 @pytest.mark.slow  # three processes create all tables
 def test_services_that_start_together_upgrade_one_after_the_other(tmp_path: Path) -> None:
     """CREATE INDEX CONCURRENTLY waits for other sessions' statements: these must not be waiting for the upgrade."""
