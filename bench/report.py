@@ -20,9 +20,8 @@ from typing import Any
 
 from bench import injector, service
 from bench.process_memory import host_bytes
-from tunery.datasets.report import maker
+from tunery.datasets.report import answer_ends, maker
 from tunery.datasets.report.maker import Report
-from tunery.local import answer_ends
 
 LABELLED, FREE, TEST = 330, 170, 200
 MAX_TOKENS = 2048

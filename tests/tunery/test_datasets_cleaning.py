@@ -3,10 +3,12 @@
 import gzip
 import json
 import random
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import doubtful_answers
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -21,11 +23,12 @@ from tunery.datasets.cleaning.cleaner import Cleaned
 from tunery.datasets.cleaning.order import ACTIONS, Action, Cleaning, HeldOut, RowChoice
 from tunery.datasets.errors import CannotHoldOut, NothingLeft
 from tunery.datasets.report import leaks, maker, privacy, shingles, texts
-from tunery.datasets.report.case import Case
-from tunery.datasets.report.rows import read
+from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.rows import Row, read
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import InvalidValue
 from tunery.rows import readers
+from tunery.rows.answer_losses import AnswerEnd
 from tunery.spec import Columns
 
 RECOMMENDED = Cleaning(recommended=True)
@@ -303,6 +306,23 @@ def test_a_corrected_row_is_judged_again(tmp_path: Path) -> None:
     assert left == rows[:1]
     assert dropped(done) == [(2, "exact_duplicate")]
     assert [one.kind for one in done.changed] == ["wrong_roles"]
+
+
+def test_truncated_answers_are_those_that_the_base_s_report_names(tmp_path: Path) -> None:
+    source = written(tmp_path / "rows.jsonl", [chat(row.question, row.answer) for row in doubtful_answers.rows()])
+    asked: list[list[int]] = []
+
+    def ask(rows: Sequence[Row]) -> dict[int, AnswerEnd]:
+        asked.append([row.line for row in rows])
+        return {9: AnswerEnd(line=9, end=-4.0, goes_on=9.0), 30: AnswerEnd(line=30, end=-4.0, goes_on=-9.0)}
+
+    drop = Cleaning(actions=[Action(kind="truncated_output", action="drop"), Action(kind="pii", action="redact")])
+    known = [Finding("truncated_output", [30], 0.9, "Breaks off: 'score'.", "Complete the answer, or drop the row.")]
+    assert dropped(cleaned(source, drop)[0]) == []
+    assert dropped(cleaned(source, drop, ask=ask)[0]) == [(9, "truncated_output")]
+    assert asked == [[9, 30]], "once, though the rest was judged again"
+    assert dropped(cleaned(source, drop, known=known, ask=ask)[0]) == [(30, "truncated_output")]
+    assert dropped(cleaned(source, drop, known=[])[0]) == []
 
 
 def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> None:

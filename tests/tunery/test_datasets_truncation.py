@@ -303,3 +303,11 @@ def test_losses_that_were_measured_say_so_too() -> None:
     assert found(Case(doubtful_answers.rows(), losses=said)) == [9]
     del said[9]
     assert found(Case(doubtful_answers.rows(), losses=said)) == []
+    asked: list[int] = []
+
+    def ask(rows: Sequence[Row]) -> dict[int, AnswerEnd]:
+        asked.extend(row.line for row in rows)
+        return {9: AnswerEnd(line=9, end=-4.0, goes_on=9.0)}
+
+    assert found(Case(doubtful_answers.rows(), losses=said, ask=ask)) == [9]
+    assert asked == [9], "the other was measured already"

@@ -97,6 +97,7 @@ def _clean_here(
         raise typer.BadParameter("The file itself is never changed: give another one with --output.")
     try:
         from tunery.datasets.cleaning import cleaner
+        from tunery.datasets.report import answer_ends
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
     written = [target, _apart(target)] if order.held_out else [target]
@@ -104,7 +105,9 @@ def _clean_here(
     with tempfile.TemporaryDirectory(prefix=".cleaning-", dir=target.parent) as folder:
         clean, *apart = (Path(folder) / path.name for path in written)
         held_out = apart[0] if apart else None
-        done = cleaner.clean(file, clean, order, held_out=held_out, against=against, base=base).as_dict()
+        ask = answer_ends.asking(base, order.max_tokens) if base else None
+        with output.errors.status("cleaning"):
+            done = cleaner.clean(file, clean, order, held_out=held_out, against=against, base=base, ask=ask).as_dict()
         for path in written:
             (Path(folder) / path.name).replace(path)
     return done, [path.name for path in written]

@@ -33,8 +33,7 @@ def make(
 ) -> dict[str, Any]:
     """Returns the report of a file here. Raises ReportUnavailable."""
     try:
-        from tunery.datasets.report import maker
-        from tunery.local import answer_ends
+        from tunery.datasets.report import answer_ends, maker
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
     other, folder = existing("--against", against), existing("--base", base)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tunery import db
 from tunery.datasets import cleanings, progress
 from tunery.datasets import reports as file_reports
-from tunery.datasets.cleaning.order import IMPLAUSIBLE, Cleaning
+from tunery.datasets.cleaning.order import Cleaning
 from tunery.datasets.model import File, FileCleaning
 from tunery.datasets.report.order import Order
 from tunery.models.model import Model
@@ -72,7 +72,7 @@ def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: 
     if against is not None:
         storage.fetch(against.key, folder / "against", against.sha256)
         others = [(file, report) for file, report in others if file.sha256 != against.sha256]
-    if judged is not None and any(one.kind == IMPLAUSIBLE for one in order.actions):
+    if judged is not None:
         (folder / "report.json").write_bytes(b"".join(storage.read(f"{judged.prefix}/report.json")))
     (folder / "cleaning_order.json").write_text(order.model_dump_json())
     asked = Order(compares=against is not None, max_tokens=order.max_tokens)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tunery import plugins
 from tunery.datasets import progress
-from tunery.datasets.cleaning.order import IMPLAUSIBLE, Cleaning
+from tunery.datasets.cleaning.order import IMPLAUSIBLE, TRUNCATED, Cleaning
 from tunery.datasets.report.order import Order
 from tunery.errors import TuneryError
 from tunery.trainer_protocol import EXIT_USER_ERROR
@@ -47,13 +47,13 @@ def main(folder: Path) -> int:
 
 
 def _known(report: Path) -> "list[Finding] | None":
-    """Returns the implausible answers in a base's report; None without such a report."""
+    """Returns what a base judged in the file's report; None without such a report."""
     from tunery.datasets.report.case import Finding  # as above
 
     if not report.exists():
         return None
     found = json.loads(report.read_text())["findings"]
-    return [Finding(**finding) for finding in found if finding["kind"] == IMPLAUSIBLE]
+    return [Finding(**finding) for finding in found if finding["kind"] in (IMPLAUSIBLE, TRUNCATED)]
 
 
 if __name__ == "__main__":

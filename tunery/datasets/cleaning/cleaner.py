@@ -12,7 +12,7 @@ from tunery.datasets.cleaning.order import Cleaning, check_other
 from tunery.datasets.cleaning.plan import Changed, Dropped, Plan
 from tunery.datasets.errors import NothingLeft
 from tunery.datasets.report import benchmark, length, maker, tokens
-from tunery.datasets.report.case import Finding
+from tunery.datasets.report.case import Ask, Finding
 from tunery.datasets.report.elsewhere import Other
 from tunery.datasets.report.rows import chunks, has_columns, read, read_other
 from tunery.errors import InvalidValue
@@ -68,13 +68,15 @@ def clean(
     others: Sequence[Other] | None = None,
     benchmark_folder: Path | None = None,
     known: Sequence[Finding] | None = None,
+    ask: Ask | None = None,
     progress: Callable[[float], object] = float,
 ) -> Cleaned:
     """Writes the remaining rows of `source` to `target` as JSON Lines, and the held-out ones to `held_out`.
 
     Unchanged rows of JSON Lines are copied byte for byte. What the rows are compared with, and `progress`, are as in a
-    report; `others` is None for a file that is not uploaded; `known`: findings of a base's report, or None. Raises
-    InvalidValue, InvalidRows, CannotHoldOut, NothingLeft; a partly written file is then left behind.
+    report; `others` is None for a file that is not uploaded; `known`: what a base found in the file's report, or None;
+    `ask`: as in a report, where that is None. Raises InvalidValue, InvalidRows, CannotHoldOut, NothingLeft; a partly
+    written file is then left behind.
     """
     digest = _sha256(source)
     if against is not None:
@@ -91,8 +93,9 @@ def clean(
         "others": others or (),
         "benchmark": benchmark.read(benchmark_folder) if benchmark_folder else frozenset(),
     }
-    more = [*(known or ()), *(_measure(source, base, order) if _has_template(base) else ())]
-    made = _plan(source, order, against, more, options, progress)
+    more = _measure(source, base, order) if _has_template(base) else []
+    how = {"more": more, "known": known, "ask": ask, "options": options, "progress": progress}
+    made = _plan(source, order, against, how)
     left = made.left()
     apart = splits.hold_out(left, fraction=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
     with ExitStack() as files:
@@ -126,9 +129,7 @@ def _plan(
     source: Path,
     order: Cleaning,
     against: Path | None,
-    more: Sequence[Finding],
-    options: Mapping[str, Any],
-    progress: Callable[[float], object],
+    how: Mapping[str, Any],
 ) -> Plan:
     columns = named_columns(order.columns)
     rows = read(source, maker.MOST, columns)
@@ -139,9 +140,7 @@ def _plan(
         lambda numbers: lines.read_rows(source, numbers, columns),
         order,
         against=read_other(against, maker.MOST, columns) if against else (),
-        more=more,
-        options=options,
-        progress=progress,
+        **how,
     )
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunery.datasets.cleaning import conversations, redaction
-from tunery.datasets.cleaning.order import OF_SEVERAL, Action, Cleaning
-from tunery.datasets.report import maker, mislabels, privacy, roles, texts
-from tunery.datasets.report.case import Case, Check, Finding
+from tunery.datasets.cleaning.order import IMPLAUSIBLE, OF_SEVERAL, TRUNCATED, Action, Cleaning
+from tunery.datasets.report import maker, mislabels, privacy, roles, texts, truncation
+from tunery.datasets.report.case import Ask, Case, Check, Finding
 from tunery.datasets.report.rows import Row, of_source
 from tunery.rows.formats import SourceRow
 
@@ -65,25 +65,37 @@ def make(
     *,
     against: Sequence[Row] = (),
     more: Sequence[Finding] = (),
+    known: Sequence[Finding] | None = None,
+    ask: Ask | None = None,
     options: Mapping[str, Any],
     progress: Callable[[float], object] = float,
 ) -> Plan:
     """Checks the rows, acts, and checks the remaining rows again until nothing is left to do: a row with corrected
-    roles may be a duplicate of another. `more`: additional findings; `options`: of the report; `progress` is called
-    with the fraction that is done."""
+    roles may be a duplicate of another. `more`: additional findings; `known`: what a base found in the file's report;
+    `ask`: asks a base where that is None; `options`: of the report; `progress` is called with the fraction that is
+    done."""
     plan = Plan(rows)
     actions = order.chosen()
+    implausible = [one for one in known or () if one.kind == IMPLAUSIBLE]
     chosen = set(order.rows.drop)
     for row in rows:
         if row.line in chosen:
             plan.drop(row.line, CHOSEN, "Was chosen.")
     for number in range(_ROUNDS if actions else 0):
-        case = Case(plan.left(), against, **options)
-        found = maker.find(case, _CERTAIN if number else maker.CHECKS, _of_round(number, progress))
+        case = Case(plan.left(), against, ask=None if number else ask, **options)
+        found = maker.find(case, _CERTAIN if number else _first_checks(known), _of_round(number, progress))
         kept = [finding for finding in found if number == 0 or finding.score == 1 or not _is_guess(finding)]
-        if not _act(plan, kept if number else [*kept, *more], actions, read_rows):
+        if not _act(plan, kept if number else [*kept, *more, *implausible], actions, read_rows):
             break
     return plan
+
+
+def _first_checks(known: Sequence[Finding] | None) -> list[Check]:
+    """Returns the report's checks; if it had a base, its truncated answers are not looked for again without one."""
+    if known is None:
+        return maker.CHECKS
+    truncated = [finding for finding in known if finding.kind == TRUNCATED]
+    return [(lambda _: truncated) if check is truncation.find else check for check in maker.CHECKS]
 
 
 def _of_round(number: int, progress: Callable[[float], object]) -> Callable[[float], object]:
@@ -94,7 +106,7 @@ def _of_round(number: int, progress: Callable[[float], object]) -> Callable[[flo
 
 def _is_guess(finding: Finding) -> bool:
     """Whether the finding comes from a classifier, which is fitted to the remaining rows."""
-    return finding.kind == "truncated_output"
+    return finding.kind == TRUNCATED
 
 
 def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action], read_rows: ReadRows) -> bool:

@@ -19,12 +19,14 @@ def main(folder: Path) -> int:
     """Makes the report; returns the exit status."""
     plugins.load(plugins.names(), "worker")
     from tunery.datasets.report import (  # imported here to report a missing package
+        answer_ends,
         elsewhere,
         maker,
         plausibility,
     )
 
     order = Order.model_validate_json((folder / "order.json").read_text())
+    weights = folder / "weights"  # of a base that this host can run
     made = maker.make(
         folder / "rows",
         folder / "against" if order.compares else None,
@@ -33,6 +35,7 @@ def main(folder: Path) -> int:
         max_tokens=order.max_tokens,
         benchmark_folder=Path(order.benchmark) if order.benchmark else None,
         losses=plausibility.read(folder / "losses.json"),
+        ask=answer_ends.asking(weights, order.max_tokens) if weights.exists() else None,
         columns=order.columns,
         others=elsewhere.read(folder / "others", order.others),
         progress=lambda fraction: progress.write(folder, fraction),

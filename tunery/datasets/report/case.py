@@ -55,7 +55,7 @@ class Case:
     ) -> None:
         """`count`: counts a text's tokens as a base's tokenizer does; None where no base is known. `others`: the other
         files of the project; `benchmark`: the words of the general benchmark's questions; `losses`: what a base said of
-        the answers, by line; `ask`: asks a base about the ends of some, where there are no losses."""
+        the answers, by line; `ask`: asks a base about the ends of some others."""
         self.rows = rows
         self.against = against
         self.max_tokens = max_tokens
@@ -71,9 +71,9 @@ class Case:
 
     def ends(self, rows: Sequence[Row]) -> Mapping[int, AnswerEnd]:
         """Returns what a base says of the ends of these rows' answers, by line; not of all if it takes too long."""
-        if self.losses or not self._ask or not rows:
-            return {row.line: self.losses[row.line] for row in rows if row.line in self.losses}
-        return self._ask(rows)
+        known = {row.line: self.losses[row.line] for row in rows if row.line in self.losses}
+        rest = [row for row in rows if row.line not in known]
+        return {**known, **self._ask(rest)} if self._ask and rest else known
 
     @cached_property
     def answered(self) -> list[Row]:

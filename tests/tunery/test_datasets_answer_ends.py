@@ -1,4 +1,4 @@
-"""A base in a folder is asked about the ends of a local file's answers."""
+"""A base in a folder is asked about the ends of a file's answers."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,14 @@ from pathlib import Path
 import doubtful_answers
 import pytest
 import tiny_models
+from typer.testing import CliRunner
 
 from tunery.cli import report
+from tunery.cli.main import app
+from tunery.datasets.report import __main__ as report_program
+from tunery.datasets.report import answer_ends
+from tunery.datasets.report.order import Order
 from tunery.datasets.report.rows import Row, Turn
-from tunery.local import answer_ends
 from tunery.rows.answer_losses import MOST_PARAMS
 
 
@@ -49,9 +53,37 @@ def test_a_base_that_does_not_run_leaves_the_report_as_it_is(tmp_path: Path, cap
     assert f"without {tmp_path}" in caplog.text
 
 
-def test_a_local_file_s_report_asks_its_base(tiny: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+@pytest.fixture
+def doubtful(tmp_path: Path) -> Path:
+    """Returns a file with two answers of which a random base finds that their last words go on."""
+    path = tmp_path / "rows"
     chats = [[{"role": turn.role, "content": turn.text} for turn in row.turns] for row in doubtful_answers.rows()]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    counts = [report.make(path, None, base=base, max_tokens=256)["counts"] for base in (None, str(tiny))]
-    assert [found.get("truncated_output") for found in counts] == [None, 2], "a random base finds that letters go on"
+    return path
+
+
+def test_a_local_file_s_report_asks_its_base(tiny: Path, doubtful: Path) -> None:
+    counts = [report.make(doubtful, None, base=base, max_tokens=256)["counts"] for base in (None, str(tiny))]
+    assert [found.get("truncated_output") for found in counts] == [None, 2]
+
+
+def test_a_local_file_s_cleaning_asks_its_base(tiny: Path, doubtful: Path) -> None:
+    asked = ["files", "clean", str(doubtful), "-o", str(doubtful.with_name("clean")), "--drop", "truncated_output"]
+    done = CliRunner().invoke(app, [*asked, "--base", str(tiny), "--max-tokens", "256", "--json"])
+    assert done.exit_code == 0, done.output
+    assert [row["line"] for row in json.loads(done.stdout)["dropped"]] == [9, 30]
+
+
+def test_a_worker_s_report_asks_its_base_about_what_was_not_measured(tiny: Path, doubtful: Path) -> None:
+    folder = doubtful.parent
+    for name in ("base", "weights"):
+        (folder / name).symlink_to(tiny)
+    (folder / "others").mkdir()
+    (folder / "order.json").write_text(Order(base="tiny", max_tokens=256).model_dump_json())
+    said = {"tokens": 9, "loss": 2, "alone": 3, "end": -4, "goes_on": -9}
+    (folder / "losses.json").write_text(json.dumps([{"line": 9, **said}]))
+
+    assert report_program.main(folder) == 0
+
+    found = json.loads((folder / "report.json").read_text())["findings"]
+    assert [30] in [one["lines"] for one in found if one["kind"] == "truncated_output"]
