@@ -67,6 +67,7 @@ def test_a_local_file_s_report_asks_its_base(tiny: Path, doubtful: Path) -> None
     assert [found.get("truncated_output") for found in counts] == [None, 2]
 
 
+@pytest.mark.slow
 def test_a_local_file_s_cleaning_asks_its_base(tiny: Path, doubtful: Path) -> None:
     asked = ["files", "clean", str(doubtful), "-o", str(doubtful.with_name("clean")), "--drop", "truncated_output"]
     done = CliRunner().invoke(app, [*asked, "--base", str(tiny), "--max-tokens", "256", "--json"])
@@ -74,6 +75,7 @@ def test_a_local_file_s_cleaning_asks_its_base(tiny: Path, doubtful: Path) -> No
     assert [row["line"] for row in json.loads(done.stdout)["dropped"]] == [9, 30]
 
 
+@pytest.mark.slow
 def test_a_worker_s_report_asks_its_base_about_what_was_not_measured(tiny: Path, doubtful: Path) -> None:
     folder = doubtful.parent
     for name in ("base", "weights"):
