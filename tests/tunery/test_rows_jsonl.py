@@ -75,7 +75,7 @@ def test_good_files_come_out_as_they_went_in(rows: list[dict[str, str | int]], s
         (b"", 1, "the file is empty"),
         (b"\n\n", 1, "the file is empty"),
         (b"\xef\xbb\xbf", 1, "the file is empty"),
-        (b'{"a": 1}\n{"a": }\n', 2, "Expecting value (column 7)"),
+        (b'{"a": 1}\n{"a": }\n', 2, "is not JSON: Expecting value (column 7)"),
         (b'{"a": 1}\n\n{"a": 1}\n', 2, "is blank"),
         (b'{"a": 1}\n"text"\n', 2, "expected a JSON object in braces, found a string"),
         (b'{"a": 1}\n{"a": "\xe9"}\n', 2, "is not UTF-8 (byte 8)"),

@@ -89,8 +89,9 @@ def print_report(said: Mapping[str, Any], name: str) -> None:
 
 def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
     if diversity := figures.get("diversity"):
+        prompts = diversity["prompts"]
         yield (
-            f"{diversity['prompts']:,} different prompts, effectively {diversity['effective_prompts']:,.0f}; "
+            f"{prompts:,} different prompt{'s' * (prompts != 1)}, effectively {diversity['effective_prompts']:,.0f}; "
             f"the largest group of similar ones has {diversity['largest_cluster']:.0%} of the rows."
         )
     for part, mix in mixes(figures).items():

@@ -84,13 +84,13 @@ def read_line(number: int, line: str) -> SourceRow:
     try:
         return SourceRow(number, strict_json.load_object(line))
     except strict_json.NotJSON as error:
-        return SourceRow(number, None, _cause(line, error) or str(error))
+        return SourceRow(number, None, _cause(line, error))
     except ValueError as error:
         return SourceRow(number, None, str(error))
 
 
-def _cause(line: str, error: strict_json.NotJSON) -> str | None:
-    """Returns the usual cause of such invalid JSON, and what to do about it."""
+def _cause(line: str, error: strict_json.NotJSON) -> str:
+    """Returns why a line is not JSON, and what to do about it where the cause is a usual one."""
     column = f"(column {error.position + 1})"
     if error.is_python:
         return f"is a Python literal, not JSON {column}. Write each row with json.dumps(row)."
@@ -102,4 +102,4 @@ def _cause(line: str, error: strict_json.NotJSON) -> str | None:
         return f"a string contains a control character {column}. Escape it with a backslash: \\t, \\r, \\u001f."
     if error.position >= len(line.rstrip()):
         return f"the object does not end on this line {column}. Write each object on a single line."
-    return None
+    return f"is not JSON: {error}"
