@@ -5,10 +5,9 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
-from tunery.errors import InvalidValue
+from tunery.datasets.columns import parse as parse_columns
 from tunery.keys import auth
 from tunery.keys.auth import Caller
 from tunery.keys.errors import Forbidden
@@ -92,12 +91,7 @@ def _columns(
     ] = None,
 ) -> Columns | None:
     """Raises InvalidValue where `columns` name no rows."""
-    try:
-        return None if columns is None else Columns.parse(columns)
-    except ValidationError as error:
-        raise InvalidValue(param="columns", reason=f"'columns': {error.errors()[0]['msg']}") from None
-    except ValueError as error:
-        raise InvalidValue(param="columns", reason=f"'columns': {error}.") from None
+    return None if columns is None else parse_columns(columns)
 
 
 ColumnsDep = Annotated[Columns | None, Depends(_columns)]

@@ -342,19 +342,6 @@ class Columns(Part):
     chosen: ColumnName | None = Field(None, description="The preferred answer")
     rejected: ColumnName | None = Field(None, description="The other answer")
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The columns that `prompt=Frage,completion=Antwort` names, or a JSON object, as names may have commas.
-
-        Raises ValueError, a ValidationError among them.
-        """
-        if text.startswith("{"):
-            return cls.model_validate_json(text)
-        pairs = [pair.partition("=") for pair in text.split(",")]
-        if not all(part.strip() and name.strip() for part, _, name in pairs):
-            raise ValueError("write columns as part=column,part=column, such as prompt=Frage,completion=Antwort")
-        return cls.model_validate({part.strip(): name.strip() for part, _, name in pairs})
-
     @property
     def named(self) -> dict[str, str]:
         """The columns that are given, by part."""
@@ -362,7 +349,7 @@ class Columns(Part):
 
     @property
     def spelled(self) -> str:
-        """The columns as `parse` reads them."""
+        """The columns as a query and `--columns` have them, which `datasets.columns` reads."""
         if any("," in name or name != name.strip() for name in self.named.values()):
             return self.model_dump_json(exclude_none=True)
         return ",".join(f"{part}={name}" for part, name in self.named.items())

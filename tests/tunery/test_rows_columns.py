@@ -14,10 +14,11 @@ import pytest
 from backports import zstd
 from commands import Run
 from pyarrow import parquet
-from pydantic import ValidationError
 from templates import CHATML, LLAMA_LIKE, model_folder
 
+from tunery.datasets.columns import parse
 from tunery.datasets.rules import check_examples
+from tunery.errors import InvalidValue
 from tunery.failures import InvalidTrainingFile
 from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.encoding import encoder_of_any, find_encoder
@@ -144,22 +145,27 @@ def test_row_without_a_named_column_says_which(row: dict[str, Any], reason: str)
     [
         ("prompt=Frage", "does not define a whole row"),
         ("prompt=a,completion=a", "names a column twice"),
-        ("prompt", "write columns as part=column"),
-        ("frage=a,completion=b", "Extra inputs are not permitted"),
+        ("prompt", "Write 'columns' as part=column"),
+        ("frage=a,completion=b", "Unknown parameter: 'columns.frage'"),
+        ("text=a,text=b", "'columns' has 'text' twice"),
+        ('{"text": "a", "text": "a"}', "'columns' has 'text' twice"),
+        ('{"text": {"a": 1}}', "'columns.text' .* should be a string"),
+        ("{prompt", "'columns' is no JSON object"),
+        ('{"text": ' + "[" * 100_000, "'columns' is no JSON object"),
     ],
 )
 def test_columns_that_make_no_rows_are_refused(text: str, reason: str) -> None:
-    with pytest.raises((ValidationError, ValueError), match=reason):
-        Columns.parse(text)
+    with pytest.raises(InvalidValue, match=reason) as refused:
+        parse(text)
+    assert str(refused.value.param).startswith("columns")
+    assert "Value error" not in refused.value.message
 
 
 @pytest.mark.parametrize("name", ["Frage", "Frage, kurz", " Frage", "a=b", "{"])
 def test_columns_are_spelled_as_they_are_read(name: str) -> None:
     columns = Columns(prompt=name, completion="Antwort")
-    assert Columns.parse(columns.spelled) == columns
-    assert Columns.parse(columns.model_dump_json()) == columns
-    with pytest.raises(ValidationError, match="Invalid JSON"):
-        Columns.parse("{prompt")
+    assert parse(columns.spelled) == columns
+    assert parse(columns.model_dump_json()) == columns
 
 
 def test_command_takes_columns(tunery: Run, tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from tunery.cli import client
+from tunery.datasets import columns
+from tunery.errors import InvalidValue
 from tunery.spec import Columns
 
 ApiUrl = Annotated[
@@ -38,9 +39,6 @@ def stack_home(context: typer.Context) -> Path:
 def parse_columns(text: str | None) -> Columns | None:
     """Returns the columns that `--columns` names. Raises BadParameter."""
     try:
-        return None if text is None else Columns.parse(text)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise typer.BadParameter(f"--columns: {'.'.join(map(str, fault['loc']))} {fault['msg']}".strip()) from None
-    except ValueError as error:
-        raise typer.BadParameter(f"--columns: {error}.") from None
+        return None if text is None else columns.parse(text)
+    except InvalidValue as error:
+        raise typer.BadParameter(f"--columns: {error.message}") from None

@@ -9,13 +9,14 @@ from rich.text import Text
 
 from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
+from tunery.cli.options import parse_columns
 from tunery.failures import JobFailure
 from tunery.rows import preview, preview_page
 from tunery.rows.encoding import encoder_of_any
 from tunery.rows.errors import CannotRender
 from tunery.rows.preview_model import Preview, PreviewRow, Sequence, State
 from tunery.rows.template import ChatTemplate
-from tunery.spec import Columns, LossOn
+from tunery.spec import LossOn
 
 _STYLES: dict[State, str] = {"trained": "bold green", "masked": "dim", "cut": "strike red"}
 _MARKS: dict[State, tuple[str, str]] = {"trained": ("⟦", "⟧"), "masked": ("", ""), "cut": ("~", "~")}
@@ -24,7 +25,7 @@ _MARKS: dict[State, tuple[str, str]] = {"trained": ("⟦", "⟧"), "masked": (""
 
 def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn, columns: str | None = None) -> Preview:
     """Returns the preview of a file here, by the tokenizer and template in the folder `base`. Raises Refused."""
-    encoder = encoder_of_any(loss_on, None if columns is None else Columns.parse(columns))
+    encoder = encoder_of_any(loss_on, parse_columns(columns))
     try:
         template = ChatTemplate.load(base)
         return preview.make(
