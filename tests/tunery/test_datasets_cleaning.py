@@ -205,16 +205,16 @@ def test_a_row_is_dropped_where_a_redaction_would_break_it(tmp_path: Path) -> No
 NAMED = Columns(prompt="Frage", completion="Antwort")
 
 
-@pytest.mark.parametrize("others", ["Frage,Antwort", "prompt,completion"])
+@pytest.mark.parametrize("others", ["Frage,Antwort", "prompt,completion", "prompt,completion,Antwort"])
 def test_rows_of_named_columns_are_cleaned_and_keep_them(tmp_path: Path, others: str) -> None:
-    """The same columns read the new file. The other file is read by its own names if it has none of these."""
+    """The same columns read the new file. The other file is read by its own names if these make no rows of it."""
     path, other = tmp_path / "fragen.csv", tmp_path / "test.csv"
     asked = ["Wer singt?", "wer singt", "Mail an ada@example.org?", "Wo ist Rom?", "Wie alt ist der Mond?", "Was?"]
     said = ["Ada.", "Ada.", "Ja.", "Unten.", "Alt.", ""]
     path.write_text(
         "".join(["Frage,Antwort,id\n", *(f"{q},{a},{n}\n" for n, (q, a) in enumerate(zip(asked, said, strict=True)))])
     )
-    other.write_text(f"{others}\nWo ist Rom?,Unten.\n")
+    other.write_text(f"{others}\nWo ist Rom?,Unten.{',x' * (others.count(',') - 1)}\n")
 
     done, rows = cleaned(path, Cleaning(recommended=True, columns=NAMED), against=other)
 

@@ -91,8 +91,16 @@ def read(path: Path, most: int = sys.maxsize, columns: Mapping[str, str] | None 
 
 
 def read_other(path: Path, most: int, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Returns the first rows of a file to compare with: by `columns` if it has any of them, else by its own names."""
-    return read(path, most, columns if columns and has_columns(path, columns) else None)
+    """Returns the first rows of a file to compare with: by `columns` if they make rows of it, else by its own names."""
+    rows = read(path, most, columns)
+    if not columns or _has_usable(rows):
+        return rows
+    own = read(path, most)
+    return own if _has_usable(own) else rows
+
+
+def _has_usable(rows: Iterable[Row]) -> bool:
+    return any(row.fault is None for row in rows)
 
 
 def has_columns(path: Path, columns: Mapping[str, str]) -> bool:
