@@ -1,5 +1,6 @@
 """Captures answered requests for projects that chose to: collected as they pass, redacted before they are stored."""
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,9 @@ from tunery.traffic.model import Capture
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
 _KEPT = ("messages", "tools")
+LONGEST = 250_000
+"""Characters, as JSON, of a request and its answer that are captured: with a number in every line, redacting so many
+takes this process some four seconds."""
 
 
 class Hearing:
@@ -41,7 +45,8 @@ class Hearing:
                 known["function"][name] = known["function"].get(name, "") + (text or "")
 
     def redacted(self) -> tuple[Json, Json] | None:
-        """Returns the request and the answer without personal data; None for an interrupted answer."""
+        """Returns the request and the answer without personal data; None for an interrupted answer, or more characters
+        than LONGEST."""
         # Imported where something is kept: it takes most of a second, and most APIs keep nothing.
         from tunery.datasets.cleaning.redaction import redact
 
@@ -49,8 +54,12 @@ class Hearing:
             return None
         calls = [self._calls[place] for place in sorted(self._calls)]
         text = "".join(self._content)
-        answer = {"role": "assistant", "content": text if text or not calls else None}
-        return redact(self._request), redact({**answer, "tool_calls": calls} if calls else answer)
+        answer: Json = {"role": "assistant", "content": text if text or not calls else None}
+        answer |= {"tool_calls": calls} if calls else {}
+        if (length := len(json.dumps([self._request, answer], ensure_ascii=False))) > LONGEST:
+            log.warning("the request of %s has %d characters with its answer, and is not captured", self._id, length)
+            return None
+        return redact(self._request), redact(answer)
 
     def store(self, session: Session, redacted: tuple[Json, Json]) -> None:
         """Stores both, unless the project has stopped capturing meanwhile."""

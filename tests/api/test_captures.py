@@ -12,6 +12,7 @@ from model_server import ModelServer
 from sqlalchemy import func, select, update
 from teams import BASE, Team
 
+from api.capturing import LONGEST
 from tunery.retention import history
 from tunery.storage import open_storage
 from tunery.traffic.model import CapturedRequest
@@ -81,6 +82,16 @@ def test_an_answer_that_breaks_off_and_a_text_are_not_kept(
     with pytest.raises(openai.APIError):
         list(asking.openai().chat.completions.create(model=tuned, stream=True, **ASK))
     assert captured(database) == []
+
+
+@pytest.mark.parametrize(("length", "count"), [(LONGEST - 500, 1), (LONGEST, 0)])
+def test_a_request_that_takes_long_to_redact_is_not_kept(
+    asking: Team, tuned: str, database: Database, length: int, count: int
+) -> None:
+    post(asking, f"/models/{tuned}/capture")
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "a" * length}]}
+    asking.openai().chat.completions.create(model=tuned, **asked)
+    assert len(captured(database)) == count
 
 
 @pytest.fixture
