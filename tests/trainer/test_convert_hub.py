@@ -33,6 +33,7 @@ def mirror(tmp_path: Path) -> dict[str, Path]:
     return {"team/good": good, "team/pickled": pickled}
 
 
+@pytest.mark.slow
 def test_a_base_comes_from_the_hub_that_hf_endpoint_names(mirror: dict[str, Path], tmp_path: Path) -> None:
     with hub.serve(mirror) as server:
         done = _convert("team/good", tmp_path / "out", server.url)

@@ -229,9 +229,7 @@ def test_full_device_leaves_the_merge_to_the_cpu(
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it on a host with a GPU")
-@pytest.mark.parametrize(
-    "technique", [pytest.param(Lora(r=4), marks=pytest.mark.slow), Qlora(r=4)], ids=["lora", "qlora"]
-)
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
 def test_job_on_a_gpu_leaves_a_merged_model(tmp_path: Path, base: Path, ear: Ear, technique: Any) -> None:
     """The trained model frees its memory first, and the 4-bit base is quantised to the same weights as in the run."""
     asked = plan(technique=technique, export=Export(merged=True, gguf=["q8_0"], adapter_gguf=True), n_epochs=2)
@@ -306,7 +304,9 @@ def test_rows_fill_a_bound_of_tokens(rows: list[Row]) -> None:
     assert proof.POSITIONS - 10 < sum(row.labelled for row in few) <= proof.POSITIONS
 
 
-@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "technique", [pytest.param(Lora(r=4), marks=pytest.mark.slow), Qlora(r=4)], ids=["lora", "qlora"]
+)
 def test_job_leaves_a_whole_model_beside_its_adapter(tmp_path: Path, base: Path, ear: Ear, technique: Any) -> None:
     asked = plan(technique=technique, export=Export(merged=True), n_epochs=2)
     train = [chat(i) for i in range(20)]

@@ -62,6 +62,7 @@ def doubtful(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_local_file_s_report_asks_its_base(tiny: Path, doubtful: Path) -> None:
     counts = [report.make(doubtful, None, base=base, max_tokens=256)["counts"] for base in (None, str(tiny))]
     assert [found.get("truncated_output") for found in counts] == [None, 2]

@@ -151,6 +151,7 @@ def test_a_file_that_cannot_be_asked_fails_with_the_reason(client: TestClient, w
     assert (found.status, "assistant" in (found.error or "")) == ("failed", True)
 
 
+@pytest.mark.slow
 def test_a_table_is_read_by_named_columns(client: TestClient, workshop: Workshop) -> None:
     """The answers are those to the same rows as chats."""
     said = [[message["content"] for message in row["messages"]] for row in EVAL]

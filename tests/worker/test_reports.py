@@ -164,7 +164,7 @@ TABLE = "".join(["Frage,Antwort\n", *(f"Was kommt nach {i}?,{i + 1}\n" for i in 
 NAMED = Columns(prompt="Frage", completion="Antwort")
 
 
-@pytest.mark.parametrize("names", ["Frage,Antwort", "prompt,completion"])
+@pytest.mark.parametrize("names", ["Frage,Antwort", pytest.param("prompt,completion", marks=pytest.mark.slow)])
 def test_a_report_reads_both_files_by_the_columns_that_are_named(
     names: str, workshop: Workshop, report_all: Callable[[], int]
 ) -> None:
@@ -185,6 +185,7 @@ def test_a_report_reads_both_files_by_the_columns_that_are_named(
     assert "invalid_row" not in report.summary["counts"]
 
 
+@pytest.mark.slow
 def test_rows_that_are_read_by_columns_are_compared_with_other_files(
     workshop: Workshop, report_all: Callable[[], int]
 ) -> None:

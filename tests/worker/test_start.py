@@ -85,6 +85,7 @@ def _shown(workshop: Workshop) -> list[str]:
         return [device.device for device in session.scalars(select(HostDevice)) if device.gpu_index == 0]
 
 
+@pytest.mark.slow
 def test_a_job_is_given_to_the_trainer_that_waits_for_it(workshop: Workshop) -> None:
     """The slot's first look starts a trainer, the job runs in it, and the next trainer starts after it."""
     workshop.start("io")
