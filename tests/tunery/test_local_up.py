@@ -119,7 +119,6 @@ def _fail_base(home: Path) -> None:
         assert _execute(server.url(), "UPDATE models SET status = 'error'") == 1
 
 
-@pytest.mark.slow
 def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Path) -> None:
     with running(home) as up:
         up.wait_for(lambda: _unpacks(home))
