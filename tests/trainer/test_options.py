@@ -165,6 +165,12 @@ def test_eight_bit_optimizer_is_bitsandbytes_own(
     assert t.precision.moments == "int8"
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"neftune_noise_alpha": 10.0}], ids=["8bit", "noise"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"optimizer": "adamw_8bit"}, id="8bit"),
+        pytest.param({"neftune_noise_alpha": 10.0}, id="noise", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_of_an_option_is_the_unbroken_one(tmp_path: Path, tiny: Path, changes: dict[str, Any]) -> None:
     compare_resumed(tmp_path, tiny, technique=Lora(r=64, alpha=8), **changes)

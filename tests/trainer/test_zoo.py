@@ -275,7 +275,7 @@ class Stopping(MessageWriter):
             self.stop_signal.received = True
 
 
-@cases(quick=("Llama", "DeepSeek-V3"))
+@cases(quick=("Llama",))
 def test_resumed_run_is_the_unbroken_one(
     family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def _fail_base(home: Path) -> None:
         assert _execute(server.url(), "UPDATE models SET status = 'error'") == 1
 
 
+@pytest.mark.slow
 def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Path) -> None:
     with running(home) as up:
         up.wait_for(lambda: _unpacks(home))
@@ -172,6 +173,7 @@ def _command(child: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.mark.slow
 def test_up_starts_again_what_was_killed_and_down_is_quick_without_a_server(home: Path) -> None:
     with running(home) as up:
         up.wait_for(lambda: "Tunery is up" in up.said())

@@ -62,6 +62,7 @@ def ask(client: TestClient, workshop: Workshop, **more: Any) -> Baseline:
     return Baseline.model_validate(client.get(f"{ROUTE}/{made.json()['id']}").json(), strict=True)
 
 
+@pytest.mark.slow
 def test_zero_shot_is_the_base_score_of_a_job(
     client: TestClient, workshop: Workshop, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def running(workshop: Workshop) -> tuple[Workshop, str]:
     return workshop, job_id
 
 
+@pytest.mark.slow
 def test_a_paused_job_resumes_where_it_stood_and_its_cancellation_kills_the_trainer(
     running: tuple[Workshop, str],
 ) -> None:

@@ -36,6 +36,7 @@ def _submit(workshop: Workshop, **asked: Any) -> str:
     return workshop.submit(training, test=test, gate=asked)
 
 
+@pytest.mark.slow
 def test_a_gate_withholds_what_it_fails(workshop: Workshop) -> None:
     strict = _submit(workshop, min_task_gain=0.9, on_inconclusive="withhold")
 

@@ -484,6 +484,7 @@ def tuned_model(workshop: Workshop, base: Path, folder: Path) -> str:
         return model.id
 
 
+@pytest.mark.slow
 def test_model_is_exported_by_a_process_and_its_files_are_added(workshop: Workshop, tmp_path: Path) -> None:
     base = tiny_models.llama(tmp_path / "tied", bf16=True, never_said=tuple(range(6, 260)))
     name = tuned_model(workshop, base, tmp_path / "adapter")

@@ -225,6 +225,7 @@ def test_a_content_is_compared_by_its_report_with_most_rows(workshop: Workshop) 
         assert by_columns[1] in [report for _, report in found]
 
 
+@pytest.mark.slow
 def test_another_report_counts_by_a_base_and_compares_with_a_file(
     workshop: Workshop, report_all: Callable[[], int]
 ) -> None:
