@@ -42,6 +42,13 @@ def _work(workshop: Workshop) -> bool:
     return cleaning.clean_next(workshop.settings, workshop.storage, Drain())
 
 
+def _dropped(workshop: Workshop, made: str) -> dict[int, str]:
+    """Returns why each row was dropped, as a kind of finding, by its line."""
+    outcome = _row(workshop, FileCleaning, made).outcome
+    assert outcome is not None, _row(workshop, File, made).status_details
+    return {one["line"]: one["kind"] for one in outcome["dropped"]}
+
+
 def test_a_new_file_has_its_lineage_and_the_source_stays(workshop: Workshop) -> None:
     rows = training_rows(40) + training_rows(1) + b'{"messages": [{"role": "user", "content": "x"}]}\n'
     source, test = workshop.file(rows), workshop.file(training_rows(3, first=10))
@@ -59,7 +66,7 @@ def test_a_new_file_has_its_lineage_and_the_source_stays(workshop: Workshop) -> 
     assert (row.status, held.status) == ("processed", "processed")
     assert (row.filename, held.filename) == ("rows-clean.jsonl", "rows-held-out.jsonl")
     assert lineage.outcome["source_sha256"] == _row(workshop, File, source).sha256
-    kinds = {one["line"]: one["kind"] for one in lineage.outcome["dropped"]}
+    kinds = _dropped(workshop, made)
     assert {line: kinds.get(line) for line in (11, 12, 13, 41, 42)} == {
         **dict.fromkeys((11, 12, 13), "test_leak"),
         41: "exact_duplicate",
@@ -126,8 +133,7 @@ def test_rows_are_judged_by_a_base_by_other_files_and_by_the_benchmark(
     assert _work(workshop)
 
     lineage = _row(workshop, FileCleaning, made)
-    assert lineage.outcome is not None, _row(workshop, File, made).status_details
-    assert {one["line"]: one["kind"] for one in lineage.outcome["dropped"]} == {
+    assert _dropped(workshop, made) == {
         13: "benchmark_overlap",
         14: "answer_cut",
         15: "repeated_elsewhere",
@@ -187,8 +193,7 @@ def test_a_table_is_cleaned_by_named_columns_and_keeps_them(workshop: Workshop) 
     assert _work(workshop)
 
     lineage = _row(workshop, FileCleaning, made)
-    assert lineage.outcome is not None, _row(workshop, File, made).status_details
-    assert {one["line"]: one["kind"] for one in lineage.outcome["dropped"]} == {
+    assert _dropped(workshop, made) == {
         5: "test_leak",
         9: "implausible_output",
         15: "answer_cut",
