@@ -129,8 +129,8 @@ def make(
     """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json, and with
     figures of tokens where it has a chat template too; `others`: files that the project has besides;
     `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `ask`: asks a base
-    about the ends of some other answers; `columns`: see `FileShape`, of both files if `against` has
-    them; `progress` is called with the share that is done.
+    about the ends of some other answers; `columns`: see `FileShape`, of both files if `against` has them; `progress` is
+    called with the share that is done.
 
     Raises InvalidRows where a file's bytes are not rows, CannotRender where the base has no tokenizer.
     """
