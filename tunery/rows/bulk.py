@@ -12,8 +12,8 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows import preparers
-from tunery.rows.encoding import Encoded, RowEncoder, read_rows
+from tunery.rows import jsonl, preparers
+from tunery.rows.encoding import Encoded, RowEncoder, split_rows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole
 from tunery.rows.preferences import Pair
@@ -68,7 +68,7 @@ def encode_rows(
 ) -> Iterator[Judged]:
     """Yields every row in order, in constant memory. Raises InvalidTrainingFile where the bytes are not rows, after the
     rows before them."""
-    rows = read_rows(chunks, role, shape or FileShape(encoder.columns))
+    rows = split_rows(chunks, role, shape or FileShape(encoder.columns))
     for group in _encode_groups(_group(rows, _MOST_ROWS), Reading(role, encoder, template, max_length)):
         yield from group
 
@@ -78,7 +78,7 @@ def digest_rows(
 ) -> Generator[T]:
     """Yields the result of `digest` for each group of rows, in order; faster than `encode_rows` for large files."""
     shape = shape or FileShape(reading.encoder.columns)
-    rows = read_rows(chunks, reading.role, shape)
+    rows = split_rows(chunks, reading.role, shape)
     first = islice(rows, PROCESSES_FROM) if reading.template is not None else rows
     for encoded in _encode_groups(_group(first, _MOST_ROWS), reading):
         yield digest(encoded)
@@ -109,7 +109,7 @@ def _group(rows: Iterator[SourceRow], most_rows: int) -> Iterator[_Group]:
     try:
         for source in rows:
             group.append(source)
-            size += _size(source.fields)
+            size += _size(source)
             if len(group) == most_rows or size > _MOST_SIZE:
                 yield group
                 group, size = [], 0
@@ -121,13 +121,19 @@ def _group(rows: Iterator[SourceRow], most_rows: int) -> Iterator[_Group]:
         yield group
 
 
-def _size(value: object) -> int:
-    """Returns the approximate bytes of a JSON value, numbers included."""
+def _size(source: SourceRow) -> int:
+    """Returns the approximate bytes of a row's values, numbers included."""
+    if source.text is not None:
+        return len(source.text) + source.text.count(",") * 32
+    return _size_of(source.fields)
+
+
+def _size_of(value: object) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(len(key) + _size(item) + 32 for key, item in value.items())
-    return sum(map(_size, value)) if isinstance(value, list) else 32
+        return sum(len(key) + _size_of(item) + 32 for key, item in value.items())
+    return sum(map(_size_of, value)) if isinstance(value, list) else 32
 
 
 def _encode_groups(groups: Iterator[_Group], reading: Reading) -> Iterator[Iterator[Judged]]:
@@ -143,7 +149,7 @@ def _encode_groups(groups: Iterator[_Group], reading: Reading) -> Iterator[Itera
 
 def _parse_row(source: SourceRow, reading: Reading) -> Judged:
     try:
-        return Judged(source.number, reading.encoder.parse(source, reading.role))
+        return Judged(source.number, reading.encoder.parse(jsonl.parse(source), reading.role))
     except InvalidTrainingFile as fault:
         return Judged(source.number, fault=fault)
 

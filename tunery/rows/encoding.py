@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows import pairs, readers
+from tunery.rows import jsonl, pairs, readers
 from tunery.rows.errors import CannotRender, InvalidRows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, PlainText, invalid, parse_row
@@ -48,9 +48,14 @@ class Encoded:
 def read_rows(chunks: Iterable[bytes], role: FileRole, shape: FileShape | None = None) -> Iterator[SourceRow]:
     """Yields a file's rows as written there, which share `shape`. Raises InvalidTrainingFile where the bytes are not
     rows."""
+    return map(jsonl.parse, split_rows(chunks, role, shape))
+
+
+def split_rows(chunks: Iterable[bytes], role: FileRole, shape: FileShape | None = None) -> Iterator[SourceRow]:
+    """Yields what `read_rows` does, rows of JSON not parsed yet."""
     shape = shape or FileShape()
     try:
-        for row in readers.read(chunks):
+        for row in readers.split(chunks):
             yield row._replace(shape=shape)
     except InvalidRows as error:
         raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error

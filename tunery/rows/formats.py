@@ -14,7 +14,8 @@ class SourceRow(NamedTuple):
     """One row of a file: its fields, or why it has none (the end of a sentence that names the row).
 
     `number`: the row's place in its file, from 1, by which every message names it. `line`: the line on which it begins,
-    where that is not its number. `shape`: of the file's rows.
+    where that is not its number. `shape`: of the file's rows. `text`: the JSON of a row that is not parsed yet
+    (`jsonl.parse`), whose other members say nothing so far.
     """
 
     number: int
@@ -22,6 +23,7 @@ class SourceRow(NamedTuple):
     fault: str | None = None
     line: int | None = None
     shape: "FileShape | None" = None
+    text: str | None = None
 
     def load(self) -> dict[str, Any]:
         """Returns the row's fields. Raises ValueError, with a readable reason, if it has none."""

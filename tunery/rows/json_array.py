@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from tunery.rows import containers
 from tunery.rows.errors import InvalidRows
 from tunery.rows.formats import Format, SourceRow
-from tunery.rows.jsonl import MAX_LINE_BYTES, read_line
+from tunery.rows.jsonl import MAX_LINE_BYTES
 
 _BLANK = " \t\r\n\ufeff"
 _BLANKS = re.compile(f"[{_BLANK}]*")
 _LONGEST_WORD = len("-Infinity")
 _BOM = b"\xef\xbb\xbf"
-# This decoder only finds an element's end, so it converts no numbers: `read_line` checks them, as in JSON Lines.
+# This decoder only finds an element's end, so it converts no numbers: `jsonl.parse` checks them, as in JSON Lines.
 _ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
@@ -115,7 +115,7 @@ class JsonArrayParser:
     def _take(self, end: int) -> SourceRow:
         self._number += 1
         text = self._text[self._at : end]
-        row = read_line(self._number, text)._replace(line=self._line)
+        row = SourceRow(self._number, None, line=self._line, text=text)
         self._line += text.count("\n")
         self._at = end
         return row

@@ -27,40 +27,41 @@ class JsonlParser:
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
         """Yields the rows of the lines that `chunk` completes. Raises InvalidJSONL."""
         pieces = chunk.split(b"\n")
-        for piece in pieces[:-1]:
-            self._keep(piece)
-            yield from self._take()
-        self._keep(pieces[-1])
+        self._rest += pieces[0]
+        if len(pieces) > 1:
+            pieces[0], self._rest = bytes(self._rest), bytearray(pieces.pop())
+            yield from filter(None, map(self._take, pieces))
+        self._check_length(self._rest)
 
     def close(self) -> Iterator[SourceRow]:
         """Yields the last line's row, if no newline ended it. Raises InvalidJSONL, also for a file without rows."""
         if self._rest:
-            yield from self._take()
+            yield from filter(None, [self._take(bytes(self._rest))])
         if not self._begun:
             raise _fault(1, "the file is empty. Write one JSON object per line.")
 
-    def _keep(self, piece: bytes) -> None:
-        self._rest += piece
-        if len(self._rest) > MAX_LINE_BYTES:
-            self._refuse_container(bytes(self._rest[:MAX_LINE_BYTES]), self._number + 1)
+    def _check_length(self, line: bytes | bytearray) -> None:
+        if len(line) > MAX_LINE_BYTES:
+            self._refuse_container(bytes(line[:MAX_LINE_BYTES]), self._number + 1)
             limit = f"{MAX_LINE_BYTES // 2**20} MiB"
             raise _fault(self._number + 1, f"is longer than {limit}, which is the limit for one line.")
 
-    def _take(self) -> Iterator[SourceRow]:
+    def _take(self, line: bytes) -> SourceRow | None:
+        """Returns a line's row, which is not parsed yet; None if the line is blank."""
+        self._check_length(line)
         self._number += 1
-        line, self._rest = bytes(self._rest), bytearray()
         self._refuse_container(line, self._number)
         try:
             text = line.removeprefix(_BOM).decode()
         except UnicodeDecodeError as error:
             raise _fault(self._number, f"is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from None
-        if not text.strip():
+        if not text or text.isspace():
             self._blank = self._blank or self._number
-        elif self._blank:
+            return None
+        if self._blank:
             raise _fault(self._blank, "is blank. Remove it: blank lines are allowed only at the end.")
-        else:
-            self._begun = True
-            yield read_line(self._number, text)
+        self._begun = True
+        return SourceRow(self._number, None, text=text)
 
     def _refuse_container(self, line: bytes, number: int) -> None:
         if not self._begun and (what := containers.recognise(line.removeprefix(_BOM))):
@@ -79,14 +80,18 @@ def _fault(line: int, reason: str) -> InvalidRows:
     return JSONL.refuse(line, reason)
 
 
-def read_line(number: int, line: str) -> SourceRow:
-    """Returns the row of one line."""
+def parse(row: SourceRow) -> SourceRow:
+    """Returns a row with its fields, or with the reason why it has none, in place of its text."""
+    if row.text is None:
+        return row
+    fields, fault = None, None
     try:
-        return SourceRow(number, strict_json.load_object(line))
+        fields = strict_json.load_object(row.text)
     except strict_json.NotJSON as error:
-        return SourceRow(number, None, _cause(line, error))
+        fault = _cause(row.text, error)
     except ValueError as error:
-        return SourceRow(number, None, str(error))
+        fault = str(error)
+    return SourceRow(row.number, fields, fault, row.line, row.shape)
 
 
 def _cause(line: str, error: strict_json.NotJSON) -> str:

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import call_ids, filled, keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
-from tunery.rows.jsonl import read_line
+from tunery.rows.jsonl import parse
 from tunery.rows.pairs import PairShape
 from tunery.rows.shape import TextShape
 from tunery.rows.shapes import FileShape
@@ -313,7 +313,7 @@ def is_answerable(example: Example) -> bool:
 
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
     """Parses one line of JSON Lines. Raises InvalidTrainingFile, naming line and message (from 1)."""
-    return parse_row(read_line(line_number, text), role)
+    return parse_row(parse(SourceRow(line_number, None, text=text)), role)
 
 
 def parse_row(source: SourceRow, role: FileRole = "training") -> Example:

@@ -9,7 +9,7 @@ from tunery.rows import compression
 from tunery.rows.compression import Expander
 from tunery.rows.formats import Format, Parser, SourceRow
 from tunery.rows.json_array import JSON_ARRAY
-from tunery.rows.jsonl import JSONL
+from tunery.rows.jsonl import JSONL, parse
 from tunery.rows.parquet import PARQUET
 from tunery.rows.tables import CSV, TSV
 
@@ -94,6 +94,11 @@ class Reader:
 
 def read(chunks: Iterable[bytes]) -> Iterator[SourceRow]:
     """Yields a file's rows. Raises InvalidRows if the bytes are not rows."""
+    return map(parse, split(chunks))
+
+
+def split(chunks: Iterable[bytes]) -> Iterator[SourceRow]:
+    """Yields a file's rows, those of JSON not parsed yet. Raises InvalidRows if the bytes are not rows."""
     reader = Reader()
     for chunk in chunks:
         yield from reader.feed(chunk)
@@ -131,7 +136,7 @@ class Checker:
         self._check(self._reader.close())
 
     def _check(self, rows: Iterator[SourceRow]) -> None:
-        for row in rows:
+        for row in map(parse, rows):
             if row.fault is not None:
                 raise self._reader.format.refuse(row.number, row.fault + _place(row))
             self.rows += 1
