@@ -10,7 +10,7 @@ from functools import partial
 from tunery.failures import AnswersCut, InvalidNExamples, InvalidTrainingFile
 from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import CHATS, Encoded, RowEncoder, count_trained, encode_answer, nothing_trained
+from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, is_answerable
 from tunery.rows.preferences import Pair
@@ -253,7 +253,7 @@ def _take(summary: Summary, row: Judged) -> Example:
 def _count(summary: Summary, number: int, example: Example) -> None:
     summary.examples += 1
     summary.with_tools += bool(example.tools)
-    summary.unknown_keys |= dict.fromkeys(example.unknown_keys)
+    summary.unknown_keys.update(dict.fromkeys(example.unknown_keys))
     if any(message.is_trained and message.is_silent for message in example.messages):
         summary.silent.append(number)
 
@@ -263,7 +263,7 @@ def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
     for sequence in sequences:
         length = len(sequence.input_ids)
         summary.tokens += length
-        summary.trained_tokens += count_trained(sequence)
+        summary.trained_tokens += sequence.trained_tokens
         summary.longest = max(summary.longest, length)
     if encoded.spelled_special:
         summary.spelled[number] = encoded.spelled_special

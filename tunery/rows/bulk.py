@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import jsonl, preparers
@@ -30,8 +30,7 @@ PROCESSES_FROM = 8000
 """Rows from which processes are worth starting; each takes two seconds."""
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """A row with its encoding, or with its fault. `encoded` is None without a template."""
 
     number: int

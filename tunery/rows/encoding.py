@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import jsonl, pairs, readers
@@ -13,12 +13,11 @@ from tunery.rows.messages import Example, FileRole, PlainText, invalid, parse_ro
 from tunery.rows.pairs import PairShape
 from tunery.rows.preferences import Pair, parse_pair
 from tunery.rows.shapes import FileShape
-from tunery.rows.template import IGNORED, ChatTemplate, Rendered
+from tunery.rows.template import ChatTemplate, Rendered
 from tunery.spec import Columns, CutAnswers, LossOn, MethodOptions, Supervised
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """An encoded row: the sequences of each example that is drawn from it; empty if the cut leaves nothing to learn."""
 
     examples: list[list[Rendered]]
@@ -38,7 +37,7 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
-        return sum(map(count_trained, self.sequences))
+        return sum(sequence.trained_tokens for sequence in self.sequences)
 
     @property
     def longest(self) -> int:
@@ -86,7 +85,7 @@ def encode_example(
     except CannotRender as error:
         raise invalid(role, line_number, error.message) from error
     return Encoded(
-        [[sequence] for sequence in sequences if count_trained(sequence)],
+        [[sequence] for sequence in sequences if sequence.trained_tokens],
         truncated=any(sequence.truncated for sequence in sequences),
         spelled_special=sequences[0].spelled_special,
     )
@@ -119,7 +118,7 @@ def encode_whole(
     """Encodes an example by `encode`, without the sequences in which the cut takes a part of an answer."""
     encoded = encode(template, example, line_number, **options)
     whole = [rows for rows in encoded.examples if not any(row.answer_cut for row in rows)]
-    return replace(encoded, examples=whole, left_out=len(whole) < len(encoded.examples))
+    return encoded._replace(examples=whole, left_out=len(whole) < len(encoded.examples))
 
 
 @dataclass(frozen=True)
@@ -201,8 +200,3 @@ def nothing_trained(role: FileRole, max_length: int) -> InvalidTrainingFile:
     """Returns the error for a file in which the cut takes every answer of every line."""
     reason = f"No example has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
     return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
-
-
-def count_trained(sequence: Rendered) -> int:
-    """Returns the number of learned tokens. A sequence's first is never learned, as nothing precedes it."""
-    return sequence.trained_tokens - (sequence.labels[:1] not in ([], [IGNORED]))

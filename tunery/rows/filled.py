@@ -30,7 +30,8 @@ def _clean(key: str, value: Any) -> Any:
 def clean_calls(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a row or a pair without null arguments that the called function, one of the row's tools,
     does not have. Arguments and tools in strings are not touched, as no export fills those."""
-    schemas = dict(filter(None, map(_schema, _objects(fields.get("tools")))))
+    tools = fields.get("tools")
+    schemas = dict(filter(None, map(_schema, _objects(tools)))) if tools else None
     if not schemas:
         return fields
     cleaned = dict(fields)

@@ -1,7 +1,6 @@
 """Decides which tokens of a chat are learned: all answers, the last answer, or everything without weight 0."""
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example
@@ -9,8 +8,7 @@ from tunery.rows.turns import trained_turns
 from tunery.spec import LossOn
 
 
-@dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """Which tokens are learned. `turns`: indexes of the assistant messages that are tokenised apart from the text
     around them; `unlearned`: the masked ones among them; `with_prompts`: whether the text around them is learned."""
 

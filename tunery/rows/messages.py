@@ -178,8 +178,8 @@ class Message(_Sealed):
     @property
     def is_silent(self) -> bool:
         """Whether the message is empty: no text, no thinking, no call."""
-        texts = (self.content, self.refusal, self.reasoning_content)
-        return not (self.tool_calls or self.function_call or any(text and text.strip() for text in texts))
+        calls = self.tool_calls or self.function_call
+        return not (_says(self.content) or calls or _says(self.refusal) or _says(self.reasoning_content))
 
     def for_template(self) -> dict[str, Any]:
         """Returns the message as chat templates of open models expect it: no developer role, legacy calls or nulls.
@@ -205,6 +205,10 @@ class Message(_Sealed):
             "thinking": thoughts,
         }
         return {key: value for key, value in fields.items() if value is not None or key == "content"}
+
+
+def _says(text: str | None) -> bool:
+    return bool(text and not text.isspace())
 
 
 def _part_text(part: object) -> str:
@@ -287,14 +291,14 @@ class Example(BaseModel):
 
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> "Example":
+        if any(message.is_trained for message in self.messages):
+            return self
         if not any(message.role == "assistant" for message in self.messages):
             refuse("has no assistant message, so there is nothing to learn from. Add the answer you want.")
-        if not any(message.is_trained for message in self.messages):
-            refuse(
-                "gives every assistant message the weight 0, so there is nothing to learn from. Give at least one the "
-                "weight 1."
-            )
-        return self
+        refuse(
+            "gives every assistant message the weight 0, so there is nothing to learn from. Give at least one the "
+            "weight 1."
+        )
 
     @property
     def unknown_keys(self) -> list[str]:

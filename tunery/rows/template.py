@@ -11,11 +11,10 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
@@ -39,24 +38,20 @@ _TOGETHER = 64
 """Renderings of several rows in one request."""
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """One row as model input. `labels[i]` belongs to `input_ids[i]` (not shifted): its id, or IGNORED.
 
-    `spelled_special`: special tokens that occur in the row's texts, where they stay text. `answer_cut`: whether the cut
-    has removed tokens of an answer.
+    `trained_tokens`: the number of learned tokens, of which the first is none, as nothing precedes it; 0 means that the
+    cut has removed the whole answer. `spelled_special`: special tokens that occur in the row's texts, where they stay
+    text. `answer_cut`: whether the cut has removed tokens of an answer.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    trained_tokens: int
     spelled_special: tuple[str, ...] = ()
     answer_cut: bool = False
-
-    @cached_property
-    def trained_tokens(self) -> int:
-        """The number of learned tokens; 0 means that the cut has removed the whole answer."""
-        return len(self.labels) - self.labels.count(IGNORED)
 
 
 class _Apart(CannotRender):
@@ -142,11 +137,12 @@ class ChatTemplate:
             if isinstance(example, PlainText):
                 continue
             messages = example.messages
-            filled = self._fill_views(example, now)
+            if (filled := self._fill_views(example, now)) is not None:
+                ahead[id(messages)] = (filled, (), messages)
+                continue
             with suppress(CannotRender):
-                ahead[id(messages)] = (*(filled or self._views(messages, example.tools, False, now)), messages)
-                if filled is None:
-                    left[id(messages)] = example
+                ahead[id(messages)] = (*self._views(messages, example.tools, False, now), messages)
+                left[id(messages)] = example
         made = copy(self)
         made._ahead = ahead
         rows = [(ahead[key][0], views_of(trained_turns(one), len(one.messages))) for key, one in left.items()]
@@ -209,7 +205,7 @@ class ChatTemplate:
         spelled = self._tokens.hide(text)[1]
         ids = [*self.encode_beginning(text), end]
         cut = _cut(ids, ids, max_length, tuple(dict.fromkeys(map(self._tokens.show, spelled))))
-        return replace(cut, answer_cut=False)  # the beginning of a text is still a text
+        return cut._replace(answer_cut=False)  # the beginning of a text is still a text
 
     def encode_beginning(self, text: str) -> list[int]:
         """Returns the ids of plain text to be continued, with the same beginning as in `encode_text`."""
@@ -270,15 +266,16 @@ class ChatTemplate:
         now = now or self._now()  # once, so that all renderings of a row have the same date
         return Views(partial(self._render, now=now), given, given_tools), tuple(dict.fromkeys(spelled))
 
-    def _fill_views(self, example: Example, now: datetime) -> tuple[Views, tuple[str, ...]] | None:
-        """Returns what `_views` does, with all texts, for a plain conversation; None if the template must render it."""
+    def _fill_views(self, example: Example, now: datetime) -> Views | None:
+        """Returns a plain conversation as the template's input, with all texts; None if the template must render it, or
+        if a special token occurs in it."""
         given = [message.for_template() for message in example.messages]
         texts = self._pieces.render(example, given)
         if texts is None or self._tokens.has_special([message["content"] for message in given]):
             return None
         views = Views(partial(self._render, now=now), given, None)
         views.fill(texts)
-        return views, ()
+        return views
 
     def _part(self, example: Example, index: int, views: Views, max_length: int, spelled: tuple[str, ...]) -> Rendered:
         own, _ = self._views(example.messages[: index + 1], example.tools, False)
@@ -391,7 +388,9 @@ class ChatTemplate:
                 "would never learn to stop. Use a template that writes the end-of-turn token after each answer."
             )
         answer = ids[: stop + 1]
-        rest = ids if is_last else self._tokens.extend(given, prompt, whole)
+        if is_last:
+            return answer, ids[stop + 1 :]
+        rest = self._tokens.extend(given, prompt, whole)
         # If the following text changes the answer's tokens, it is left out; none of it is learned.
         return answer, rest[len(answer) :] if rest[: len(answer)] == answer else []
 
@@ -408,5 +407,9 @@ class ChatTemplate:
 
 
 def _cut(ids: list[int], labels: list[int], max_length: int, spelled: tuple[str, ...]) -> Rendered:
-    answer_cut = len(labels) > max_length and any(label != IGNORED for label in labels[max_length:])
-    return Rendered(ids[:max_length], labels[:max_length], len(ids) > max_length, spelled, answer_cut)
+    truncated = len(ids) > max_length
+    answer_cut = truncated and any(label != IGNORED for label in labels[max_length:])
+    if truncated:
+        ids, labels = ids[:max_length], labels[:max_length]
+    trained = len(labels) - labels.count(IGNORED) - (labels[:1] not in ([], [IGNORED]))
+    return Rendered(ids, labels, truncated, trained, spelled, answer_cut)

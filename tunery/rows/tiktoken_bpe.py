@@ -75,20 +75,25 @@ class TiktokenBPE:
         others = [chr(code) for code in range(128) if chr(code) not in self._proven]
         self._other_ascii = re.compile(f"[{re.escape(''.join(others))}]") if others else None
         self._tried = {0}
-        self._ids = lru_cache(_KEPT)(self._encoding.encode_ordinary)
+        self._ids = lru_cache(_KEPT)(self._encode_part)
 
     def encode(self, text: str) -> list[int] | None:
         """Returns the ids; None if `tokenizers` has to encode the text."""
         ids: list[int] = []
-        is_proven = self._is_proven(text)
         for at, part in enumerate(self._added.split(text) if self._added else (text,)):
             if at % 2:
                 ids.append(self._added_ids[part])
             elif part:
-                if len(part) > _MOST_CHARACTERS or not (is_proven or self._is_proven(part)):
+                if (found := self._ids(part)) is None:
                     return None
-                ids += self._ids(part)
+                ids += found
         return ids
+
+    def _encode_part(self, part: str) -> list[int] | None:
+        """Returns the ids of a text between special tokens; None if `tokenizers` has to encode it."""
+        if len(part) > _MOST_CHARACTERS or not self._is_proven(part):
+            return None
+        return self._encoding.encode_ordinary(part)
 
     def _is_proven(self, text: str) -> bool:
         if text.isascii():
