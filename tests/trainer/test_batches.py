@@ -1,18 +1,21 @@
 """Tests the batches of a run and the sums of their losses: order, micro-batches, packing, accumulation."""
 
 import random
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Full
 from worker.trainer import cuda_graphs, data, packing, rope, validation
-from worker.trainer.data import IGNORED, Row, collate, micro_batches, singles
+from worker.trainer.data import IGNORED, Row, collate, micro_batches, share, singles
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.report import MessageWriter
@@ -48,6 +51,33 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:
     assert sorted(i for part in parts for [i] in part) == list(range(8))
     for part in parts:
         assert len(part) == 1 or len(part) * max(lengths[i] for [i] in part) <= 128
+
+
+@given(st.lists(st.integers(1, 2048), max_size=12), st.integers(1, 4))
+def test_share_of_a_rank_fits_its_memory_plan(lengths: list[int], ranks: int) -> None:
+    shares = share(list(range(len(lengths))), lengths, ranks)
+
+    assert sorted(i for rows in shares for i in rows) == list(range(len(lengths)))
+    longest = sorted(lengths, reverse=True)[: -(-len(lengths) // ranks)]
+    assert max(sum(lengths[i] for i in rows) for rows in shares) <= sum(longest)
+
+
+@given(st.lists(st.integers(1, 2048), max_size=8))
+def test_ranks_have_nearly_the_same_tokens(lengths: list[int]) -> None:
+    shares = share(list(range(len(lengths))), lengths, 2)
+
+    ways = product((0, 1), repeat=len(lengths))
+    best = min(max(_tokens(way, lengths, rank) for rank in (0, 1)) for way in ways)
+    assert max(sum(lengths[i] for i in rows) for rows in shares) <= 7 / 6 * best
+
+
+def _tokens(way: Sequence[int], lengths: list[int], rank: int) -> int:
+    return sum(length for at, length in zip(way, lengths, strict=True) if at == rank)
+
+
+def test_share_goes_by_tokens_and_not_by_rows() -> None:
+    assert share([0, 1, 2, 3], [10, 90, 20, 30], 2) == [[1], [3, 2, 0]]
+    assert share([2, 1], [5, 5, 5], 1) == [[2, 1]]
 
 
 def test_collate_predicts_each_label_from_the_token_before_it() -> None:

@@ -279,6 +279,21 @@ def _cut(
     return parts
 
 
+def share(rows: list[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Returns each rank's examples, by length: the longest first, each goes to the rank with the fewest tokens.
+
+    The busiest has at most 4/3 of the fewest tokens that it could have (Graham 1969), and never more than the longest
+    `ceil(rows / ranks)` examples have together, for which the memory plan is made.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in sorted(rows, key=lambda i: lengths[i], reverse=True):
+        rank = tokens.index(min(tokens))
+        shares[rank].append(i)
+        tokens[rank] += lengths[i]
+    return shares
+
+
 def pack(rows: list[int], lengths: Sequence[int], capacity: int) -> list[Packed]:
     """Packs examples by best-fit decreasing: each goes into the fullest sequence that still has room for it.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.trainer import cuda_graphs, pieces
 from worker.trainer.cuda_graphs import CudaGraphs, forward_backward
-from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches
+from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches, share
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
@@ -185,10 +185,9 @@ class Stepper:
             self.graphs = CudaGraphs(self.objective)
 
     def micro_batches(self, drawn: list[int]) -> list[MicroBatch]:
-        """Returns this rank's micro-batches of a step: every n-th example by length, so that ranks have equal work."""
+        """Returns this rank's micro-batches of a step."""
         lengths, plan = self._rows.lengths, self.memory
-        ordered = sorted(drawn, key=lambda i: lengths[i], reverse=True)
-        mine = ordered[self.ranks.index :: self.ranks.count]
+        mine = share(drawn, lengths, self.ranks.count)[self.ranks.index]
         return micro_batches(
             mine,
             lengths,
