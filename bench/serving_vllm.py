@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("options", nargs="*", help="more options of `vllm serve`, after --")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as root:
         base = make_model.ready(asked.models or Path(root), serving_shape.SHAPES[asked.shape])
         adapter = write_adapter(base, Path(root) / "adapter", asked.rank)
