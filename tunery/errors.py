@@ -15,6 +15,7 @@ The others are in the `errors.py` beside what raises them, and the reasons of fa
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
     │   ├── FileInUse            datasets: an unfinished job needs the file
     │   ├── NoReport             datasets: a file with another purpose has no report
+    │   ├── NothingToCompare     datasets: no row of the file that leaks are looked for in can be read
     │   ├── CannotHoldOut        datasets: a cleaned file's rows are too similar to be split
     │   ├── NothingLeft          datasets: a cleaning drops every row
     │   ├── InputChanged         jobs: an input of a rerun has changed

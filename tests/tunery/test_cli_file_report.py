@@ -109,3 +109,30 @@ def test_a_file_is_compared_with_another_by_paths_and_by_ids(
 
     status, _, err = tunery("files", "report", ids[0], "--against", paths[1])
     assert (status, "upload this one too" in " ".join(err.replace("│", " ").split())) == (2, True)
+
+
+def test_a_file_to_compare_with_that_cannot_be_read(tunery: Run, tmp_path: Path) -> None:
+    train, other = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_bytes(TRAIN)
+    other.write_text('{"frage": "Wo?"}\n{"frage": "Wann?"}\n')
+    status, _, err = tunery("files", "report", train, "--against", other)
+    assert status == 1
+    assert "No row of the file to compare with can be read. Row 1: " in err
+    assert "the key 'messages' is missing" in err
+    other.write_bytes(TRAIN.splitlines(keepends=True)[0] + b'{"frage": "Wo?"}\n')
+    status, out, err = tunery("files", "report", train, "--against", other, "--html", tmp_path / "page.html")
+    said = "Of the 2 rows of the other file, 1 can be read and were compared."
+    assert (status, said in out, said in (tmp_path / "page.html").read_text()) == (0, True, True), err
+    other.write_text('{"messages": [{"role": "assistant", "content": "Hello."}]}\n')
+    _, _, err = tunery("files", "report", train, "--against", other)
+    assert "Row 1: It has no prompt." in err
+
+
+def test_rows_without_an_answer_are_compared(tunery: Run, tmp_path: Path) -> None:
+    train, other = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_bytes(TRAIN)
+    asked = json.loads(TRAIN.splitlines()[0])["messages"][:-1]
+    other.write_text(json.dumps({"messages": asked}) + "\n")
+    status, out, err = tunery("files", "report", train, "--against", other, "--json")
+    assert (status, json.loads(out)["figures"]["against"]) == (0, {"rows": 1, "compared": 1}), err
+    assert json.loads(out)["counts"]["test_leak"]

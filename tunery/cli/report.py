@@ -96,6 +96,8 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         )
     for part, mix in mixes(figures).items():
         yield f"Languages of the {part}: {mix}."
+    if (other := figures.get("against")) and other["compared"] < other["rows"]:
+        yield f"Of the {other['rows']:,} rows of the other file, {other['compared']:,} can be read and were compared."
     if answers := figures.get("answers"):
         said = f"{answers['loss']} nats per token (median; {answers['loss_without_question']} without the question)"
         yield f"The base scored {answers['judged']:,} answers, with a loss of {said}."

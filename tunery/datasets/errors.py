@@ -23,6 +23,13 @@ class NoTrainingRows(InvalidRows):
     code = "no_training_rows"
 
 
+class NothingToCompare(Rejected):
+    """No row of the file to compare with can be read. Row {line}: {reason} Correct that file, or name its columns if it
+    is a table."""
+
+    code = "nothing_to_compare"
+
+
 class CannotHoldOut(Rejected):
     """No rows can be held out: rows with nearly the same prompt are kept together, and all {rows} remaining rows are
     such a group. Add other rows, or omit 'held_out'."""

@@ -75,8 +75,8 @@ def clean(
 
     Unchanged rows of JSON Lines are copied byte for byte. What the rows are compared with, and `progress`, are as in a
     report; `others` is None for a file that is not uploaded; `known`: what a base found in the file's report, or None;
-    `ask`: as in a report, where that is None. Raises InvalidValue, InvalidRows, CannotHoldOut, NothingLeft; a partly
-    written file is then left behind.
+    `ask`: as in a report, where that is None. Raises InvalidValue, InvalidRows, NothingToCompare, CannotHoldOut,
+    NothingLeft; a partly written file is then left behind.
     """
     digest = _sha256(source)
     if against is not None:

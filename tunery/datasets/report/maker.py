@@ -32,7 +32,7 @@ from tunery.datasets.report import (
 )
 from tunery.datasets.report.case import Ask, Case, Check, Finding, invalid_row
 from tunery.datasets.report.elsewhere import Other
-from tunery.datasets.report.rows import chunks, read, read_other
+from tunery.datasets.report.rows import can_be_compared, chunks, read, read_other
 from tunery.datasets.report.verdict import Verdict
 from tunery.rows.answer_losses import AnswerLoss
 
@@ -132,7 +132,8 @@ def make(
     about the ends of some other answers; `columns`: see `FileShape`, of both files if `against` has them; `progress` is
     called with the share that is done.
 
-    Raises InvalidRows where a file's bytes are not rows, CannotRender where the base has no tokenizer.
+    Raises InvalidRows where a file's bytes are not rows, NothingToCompare where none of `against` can be read,
+    CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
     judged = verdict.judge(lambda: chunks(path), least=1, columns=columns)
@@ -141,6 +142,8 @@ def make(
     case = Case(rows, known, max_tokens, count, others, asked, losses, ask)
     find(case, progress=progress)
     figures: dict[str, Any] = {"diversity": diversity.figures(case), "languages": languages.figures(case)}
+    if known:
+        figures["against"] = {"rows": len(known), "compared": sum(map(can_be_compared, known))}
     if base is not None and base.is_dir():
         lengths = tokens.Lengths(base, max_tokens)
         lengths.measure(chunks(path), MOST, columns)

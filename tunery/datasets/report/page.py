@@ -51,6 +51,7 @@ def render(name: str, said: Mapping[str, Any], *, state: Mapping[str, Any] | Non
         described=describe(said) if said else "",
         tokens=figures.get("tokens"),
         answers=figures.get("answers"),
+        other=figures.get("against"),
     )
 
 

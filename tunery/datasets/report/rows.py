@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunery.datasets.errors import NothingToCompare
 from tunery.datasets.report import texts
 from tunery.datasets.report.verdict import ANY_METHOD
 from tunery.failures import InvalidTrainingFile
@@ -91,12 +92,23 @@ def read(path: Path, most: int = sys.maxsize, columns: Mapping[str, str] | None 
 
 
 def read_other(path: Path, most: int, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Returns the first rows of a file to compare with: by `columns` if they make rows of it, else by its own names."""
+    """Returns the first rows of a file to compare with: by `columns` if they make rows of it, else by its own names.
+
+    Raises InvalidRows, NothingToCompare.
+    """
     rows = read(path, most, columns)
-    if not columns or _has_usable(rows):
-        return rows
-    own = read(path, most)
-    return own if _has_usable(own) else rows
+    if columns and not _has_usable(rows):
+        own = read(path, most)
+        rows = own if _has_usable(own) else rows
+    if not any(map(can_be_compared, rows)):
+        first = next((row for row in rows if row.fault), rows[0])
+        raise NothingToCompare(param="against", line=first.line, reason=first.fault or "It has no prompt.")
+    return rows
+
+
+def can_be_compared(row: Row) -> bool:
+    """Whether there is something to compare: also in a row that a job would refuse, as one without an answer."""
+    return bool(row.question.strip())
 
 
 def _has_usable(rows: Iterable[Row]) -> bool:
