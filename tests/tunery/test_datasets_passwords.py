@@ -43,6 +43,11 @@ GIVEN = [
     ("I changed my passcode: 482913", "482913"),
     ("My pin is 4821!", "4821"),
     ("PIN:4821#", "4821"),
+    ("'password' => 'x1y2'", "x1y2"),
+    (':password => "Winter19"', "Winter19"),
+    ("mysqldump --user root --password x1y2 shop", "x1y2"),
+    ("login --db-password=x1y2", "x1y2"),
+    ("unlock --pin 4821", "4821"),
 ]
 NOT_GIVEN = [
     "The password is 1024 bits long",
@@ -100,6 +105,12 @@ NOT_GIVEN = [
     "I set my password in 2019",
     "Password1 and Password2 must match",
     r"pwd: C:\Users\ana2",
+    "password => hash2",
+    "passwords.map(password => sha1hex(password))",
+    "run it with --password required",
+    "ssh asks for the --password 3 times",
+    "curl --pass phrase1",
+    "the well--pin 4821 is loose",
 ]
 
 

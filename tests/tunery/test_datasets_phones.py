@@ -119,6 +119,8 @@ OTHERS = [
     "Sendungsnummer 0034 0434 1610 9404 2557",
     "Order 0049 171 2345678",
     "001 234 567 and 00 12 34 56 78",
+    "Reach 98765 43210 people with one post",
+    "Wir erreichen 98765 43210 Kunden.",
 ]
 
 
@@ -152,6 +154,9 @@ def test_other_numbers_are_no_phone_numbers(text: str) -> None:
         ('{"name": "Ana", "phone": "5205550467"}', ["5205550467"]),
         ("Their number is 1 40 62 05 00.", ["1 40 62 05 00"]),
         ("phone=0171 2345678", ["0171 2345678"]),
+        ("Call 98765 43210 peopleware", ["98765 43210"]),
+        ("Call 98765 43210, people wait there", ["98765 43210"]),
+        ("Phone 98765 43210 people answer", ["98765 43210"]),
         ("mobile 0171 2345678 or 030 1234567", ["0171 2345678", "030 1234567"]),
         ("Customer service: 0800 123 4567", ["0800 123 4567"]),
         ("call 0073 84793, where 007 begins no country's code", []),

@@ -1,4 +1,4 @@
-"""Finds passwords and PINs that a text gives after their name: `password: ...`, `my PIN is ...`, `pwd=...`."""
+"""Finds passwords and PINs that a text gives after their name: `password: ...`, `my PIN is ...`, `--password ...`."""
 
 import re
 from collections.abc import Iterator
@@ -10,12 +10,13 @@ _NAMES = (
 _PIN = r"(?<![^\W_])pin(?:[ -]?(?:number|nummer|code))?(?![^\W_])"
 _FOR = r"(?:\s+(?:for|of|on|at|für|zu[mr]?|vo[nm]|pour|de|du|del|para|per|voor|van|till|do)(?:\s+[\w@.'-]+){1,4}?)?"
 _IS = (
-    r"(?:\s*(?:[:\uff1a]|=(?![=>]))\s*|\s*[はが是为為]\s*"
+    r"(?:\s*(?:[:\uff1a]|=(?![=>])|=>(?=\s*[\"']))\s*|\s*[はが是为為]\s*"
     r"|\s+(?:is|was|to|ist|war|lautet|es|est|é|è|är|er|jest|je|on):?\s+)"
 )
 _VALUE = r"[^\s\"'`\u201c\u201d\u2018\u2019«»\u201e,;<>(){}\[\]|\u3000-\u9fff\uac00-\ud7af\uff00-\uffef]{4,64}+"
 _GIVEN = re.compile(
-    rf"(?:(?P<pin>{_PIN})|{_NAMES})[\"'\u201d]?{_FOR}{_IS}(?P<quote>[\"'`\u201c\u2018«\u201e])?(?P<value>{_VALUE})(?![(\[{{<])",
+    rf"(?P<option>(?<![\w-])--(?:\w+-)?)?(?:(?P<pin>{_PIN})|{_NAMES})[\"'\u201d]?{_FOR}(?:{_IS}|(?(option)[ \t]+|(?!)))"
+    rf"(?P<quote>[\"'`\u201c\u2018«\u201e])?(?P<value>{_VALUE})(?![(\[{{<])",
     re.IGNORECASE,
 )
 _OTHER_PARTS = ("contraseña", "hasło", "lösenord", "şifre", "пароль", "密", "パスワード", "비밀번호")

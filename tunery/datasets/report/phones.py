@@ -86,6 +86,14 @@ _FOLLOWS = re.compile(
     rf"[ ,]{{0,2}}\(?(?:(?:is|it's|was|ist|est|es|è|é)[ ])?(?:\w{{1,20}}[ ]){{0,2}}{_PHONES}(?![^\W_])",
     re.IGNORECASE | re.VERBOSE,
 )
+_COUNTED = re.compile(
+    r" (?:people|persons|men|women|children|members|users|customers|clients|employees|students|patients|households"
+    r"|(?:view|read|listen|subscrib|follow|play|vot|work|own)ers|visitors|homes|copies|units"
+    r"|items|points|miles|steps|times|euros?|dollars?|pounds|rupees|leute|menschen|personen|kunden|mitglieder|stück"
+    r"|personnes|clients|personas|clientes|persone|clienti|pessoas)\b",
+    re.IGNORECASE,
+)
+"""What a number before it counts."""
 _NAMES = frozenset({"phone", "sign"})
 _BEFORE = 60
 """Characters before a number in which a word counts."""
@@ -135,7 +143,7 @@ def _is_phone(text: str, begin: int, end: int) -> bool:
     if _has_its_form(number) or (is_named and _LOCAL.fullmatch(number)):
         return True
     is_named = is_named or (not said and _FOLLOWS.match(text, end) is not None)
-    is_called = bool(said) and "other" not in said and not _RANGE.fullmatch(number)
+    is_called = bool(said) and "other" not in said and not (_RANGE.fullmatch(number) or _COUNTED.match(text, end))
     return (is_named or is_called) and len(set(number)) >= _DIFFERENT and _is_valid(number)
 
 
