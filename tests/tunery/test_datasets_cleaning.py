@@ -323,6 +323,8 @@ def test_truncated_answers_are_those_that_the_base_s_report_names(tmp_path: Path
     assert asked == [[9, 30]], "once, though the rest was judged again"
     assert dropped(cleaned(source, drop, known=known, ask=ask)[0]) == [(30, "truncated_output")]
     assert dropped(cleaned(source, drop, known=[])[0]) == []
+    cleaned(source, Cleaning(actions=[Action(kind="pii", action="redact")]), ask=ask)
+    assert len(asked) == 1, "a base is not asked about answers that stay"
 
 
 def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> None:

@@ -76,13 +76,14 @@ def make(
     done."""
     plan = Plan(rows)
     actions = order.chosen()
+    asked = ask if TRUNCATED in actions else None
     implausible = [one for one in known or () if one.kind == IMPLAUSIBLE]
     chosen = set(order.rows.drop)
     for row in rows:
         if row.line in chosen:
             plan.drop(row.line, CHOSEN, "Was chosen.")
     for number in range(_ROUNDS if actions else 0):
-        case = Case(plan.left(), against, ask=None if number else ask, **options)
+        case = Case(plan.left(), against, ask=None if number else asked, **options)
         found = maker.find(case, _CERTAIN if number else _first_checks(known), _of_round(number, progress))
         kept = [finding for finding in found if number == 0 or finding.score == 1 or not _is_guess(finding)]
         if not _act(plan, kept if number else [*kept, *more, *implausible], actions, read_rows):

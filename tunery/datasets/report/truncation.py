@@ -77,8 +77,9 @@ def _by_base(odds: Floats, free: Sequence[Row], ends: Mapping[int, AnswerEnd]) -
             continue
         rather = math.exp(_WEIGHT * (_USUAL_END - said.end))
         found[at, cut_model.AFTER] *= rather
-        found[at, cut_model.INSIDE] *= rather
-        if said.goes_on is not None:
+        if said.goes_on is None:
+            found[at, cut_model.INSIDE] *= rather
+        else:
             found[at, cut_model.INSIDE] = (odds[at, cut_model.INSIDE] * math.exp(said.goes_on) / _PLACES) ** _WEIGHT
     return np.clip(found, 0, _MOST_ODDS)
 
