@@ -129,6 +129,8 @@ class Message(_Sealed):
     @model_validator(mode="before")
     @classmethod
     def _drop_absent(cls, value: Any) -> Any:
+        if type(value) is dict and value.keys() == _PLAIN and None not in value.values():
+            return value
         answers = isinstance(value, dict) and value.get("role") == "assistant"
         return keys.present(value, keys.OF_AN_ANSWER if answers else ())
 

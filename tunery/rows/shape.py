@@ -49,6 +49,8 @@ class Shape:
 
     def used(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Returns the key of each part that a row has."""
+        if not self.optional:
+            return dict(self.columns)
         found = {
             part: next((key for key in spellings if key in row), None) for part, spellings in self.optional.items()
         }

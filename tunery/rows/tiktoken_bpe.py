@@ -72,8 +72,7 @@ class TiktokenBPE:
         self._bytes = {byte for token in ranks if len(token) == 1 for byte in token}
         self._encoding = _encoding(self._pattern, ranks)
         self._proven = self._agreeing(0)
-        others = [chr(code) for code in range(128) if chr(code) not in self._proven]
-        self._other_ascii = re.compile(f"[{re.escape(''.join(others))}]") if others else None
+        self._proven_ascii = "".join(filter(str.isascii, self._proven)).encode()
         self._tried = {0}
         self._ids = lru_cache(_KEPT)(self._encode_part)
 
@@ -97,7 +96,7 @@ class TiktokenBPE:
 
     def _is_proven(self, text: str) -> bool:
         if text.isascii():
-            return self._other_ascii is None or self._other_ascii.search(text) is None
+            return not text.encode().translate(None, self._proven_ascii)
         if self._only_ascii:
             return False
         for block in {ord(character) // _BLOCK for character in set(text) - self._proven} - self._tried:
