@@ -13,7 +13,6 @@ Proven for each model before its first text:
 """
 
 import json
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
