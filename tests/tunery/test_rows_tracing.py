@@ -242,7 +242,7 @@ def test_views_are_those_that_an_encoding_reads() -> None:
     found = texts_of(made(CHATML), example)
 
     assert found is not None
-    assert list(found) == views_of(trained_turns(example), 4)
+    assert tuple(found) == views_of(trained_turns(example), 4)
 
 
 def _joined(found: list[str | int]) -> Iterator[str | int]:

@@ -7,12 +7,12 @@ from typing import Any
 from tunery.errors import Unavailable
 from tunery.rows.turns import View, Views
 
-Asked = tuple[Views, list[View]]
+Asked = tuple[Views, Sequence[View]]
 
 
 def fill(
     rows: Sequence[Asked],
-    variables: Callable[[Views, list[View]], list[dict[str, Any]]],
+    variables: Callable[[Views, Sequence[View]], list[dict[str, Any]]],
     render: Callable[[list[dict[str, Any]], bool], list[str]],
 ) -> None:
     """Fills the rows' views, calling `render` once for rows without tools and once for rows with. Raises Unavailable.

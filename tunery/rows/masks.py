@@ -21,7 +21,7 @@ class Mask(NamedTuple):
         """Returns the mask of a row. Raises CannotRender if the row's weights leave nothing to learn."""
         trained = trained_turns(example)
         if loss_on == "assistant":
-            return cls(tuple(trained))
+            return cls(trained)
         answers = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
         if loss_on == "all":
             return cls(tuple(answers), frozenset(answers) - frozenset(trained), with_prompts=True)
@@ -32,9 +32,9 @@ class Mask(NamedTuple):
             )
         return cls((answers[-1],))
 
-    def label_prompt(self, ids: list[int], ignored: int) -> list[int]:
-        """Returns the labels of tokens outside the turns."""
-        return ids if self.with_prompts else [ignored] * len(ids)
+    def label_prompt(self, ids: list[int], ignored: int, start: int = 0) -> list[int]:
+        """Returns the labels of tokens outside the turns, those before `start` left out."""
+        return ids[start:] if self.with_prompts else [ignored] * (len(ids) - start)
 
     def label_answer(self, index: int, ids: list[int], ignored: int) -> list[int]:
         """Returns the labels of a turn's tokens."""

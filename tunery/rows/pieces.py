@@ -11,7 +11,7 @@ from tunery.rows.turns import View, trained_turns, views_of
 
 Piece = str | int
 """A text, or the number of the message whose content it is."""
-Trace = Callable[[list[Json], list[View]], list[list[Piece]] | None]
+Trace = Callable[[list[Json], Sequence[View]], list[list[Piece]] | None]
 """Returns the pieces of views of these messages, and of all with the same roles; None if they cannot be traced."""
 
 _MOST_SHAPES = 4096

@@ -227,7 +227,7 @@ class ChatTemplate:
         """Returns the ids of the last message's prompt, and those of the message itself. Raises CannotRender."""
         last = len(example.messages) - 1
         views, _ = self._views(example.messages, example.tools, False)
-        ids, labels = self._join(views, [last], last + 1)
+        ids, labels = self._join(views, (last,), last + 1)
         answer = [label for label in labels if label != IGNORED]
         return ids[: labels.index(answer[0])], answer
 
@@ -281,7 +281,7 @@ class ChatTemplate:
         own, _ = self._views(example.messages[: index + 1], example.tools, False)
         if own.messages != views.messages[: index + 1]:  # another form of empty content
             views = own
-        return _cut(*self._join(views, [index], index + 1), max_length, spelled)
+        return _cut(*self._join(views, (index,), index + 1), max_length, spelled)
 
     def _now(self) -> datetime:
         return self._fixed_now or datetime.now().astimezone()
@@ -290,7 +290,7 @@ class ChatTemplate:
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
-        views: list[View],
+        views: Sequence[View],
         now: datetime | None = None,
     ) -> list[str]:
         try:
@@ -302,7 +302,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can fail in any way that Python can
             raise CannotRender(reason=f"The model's chat template rejects the messages: {error}") from error
 
-    def _trace(self, given: list[dict[str, Any]], views: list[View]) -> list[list[Piece]] | None:
+    def _trace(self, given: list[dict[str, Any]], views: Sequence[View]) -> list[list[Piece]] | None:
         try:
             shown = self._fields.in_shown_form(given, None, False)
         except CannotRender:  # it is reported for its row
@@ -317,7 +317,7 @@ class ChatTemplate:
         return self._templates["tool_use" if with_tools and "tool_use" in self._templates else "default"]
 
     def _variables(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, views: list[View]
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, views: Sequence[View]
     ) -> list[dict[str, Any]]:
         return [
             {
@@ -331,7 +331,7 @@ class ChatTemplate:
         ]
 
     def _join(
-        self, views: Views, trained: Sequence[int], count: int, mask: Mask = ANSWERS
+        self, views: Views, trained: tuple[int, ...], count: int, mask: Mask = ANSWERS
     ) -> tuple[list[int], list[int]]:
         """Returns ids and labels of the first `count` messages. Raises _Apart if one sequence cannot hold all turns."""
         views.prepare(views_of(trained, count))
@@ -348,9 +348,13 @@ class ChatTemplate:
                     "cannot be learned together. Write one row per answer."
                 )
             answer, rest = self._answer(given, prompt, after, whole)
-            labels += mask.label_prompt(given[len(ids) :], IGNORED) + mask.label_answer(index, answer, IGNORED)
-            ids = given + answer
-        return ids + rest, labels + mask.label_prompt(rest, IGNORED)
+            labels += mask.label_prompt(given, IGNORED, start=len(ids))
+            labels += mask.label_answer(index, answer, IGNORED)
+            ids = given
+            ids += answer
+        ids += rest
+        labels += mask.label_prompt(rest, IGNORED)
+        return ids, labels
 
     def _turn(self, views: Views, index: int, whole: str) -> tuple[str, str]:
         """Returns the text before the trained turn, generation prompt included, and the text up to the turn's end."""

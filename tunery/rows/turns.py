@@ -1,6 +1,7 @@
 """Renderings of a conversation up to each of its turns."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tunery.rows.messages import Example
@@ -14,7 +15,7 @@ class Views:
 
     def __init__(
         self,
-        render: Callable[[list[dict[str, Any]], Any, list[View]], list[str]],
+        render: Callable[[list[dict[str, Any]], Any, Sequence[View]], list[str]],
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
     ) -> None:
@@ -25,7 +26,7 @@ class Views:
 
     def prepare(self, views: Iterable[View]) -> None:
         """Renders the views that are still missing, all in one call."""
-        missing = [view for view in dict.fromkeys(views) if view not in self._texts]
+        missing = [view for view in views if view not in self._texts]
         if missing:
             self.fill(dict(zip(missing, self._render(self.messages, self.tools, missing), strict=True)))
 
@@ -40,15 +41,16 @@ class Views:
         return self._texts[view]
 
 
-def views_of(trained: Sequence[int], count: int) -> list[View]:
+@lru_cache(256)  # most rows have the same few sequences of turns
+def views_of(trained: tuple[int, ...], count: int) -> tuple[View, ...]:
     """Returns the views that separate the trained turns of `count` messages from the rest."""
     wanted = [(count, False), *((k, True) for k in trained if k), *((k + 1, False) for k in trained)]
-    return list(dict.fromkeys(wanted))
+    return tuple(dict.fromkeys(wanted))
 
 
-def trained_turns(example: Example) -> list[int]:
+def trained_turns(example: Example) -> tuple[int, ...]:
     """Returns the indexes of the messages to learn."""
-    return [index for index, message in enumerate(example.messages) if message.is_trained]
+    return tuple([index for index, message in enumerate(example.messages) if message.is_trained])
 
 
 def ending_with(example: Example, index: int) -> Example:
