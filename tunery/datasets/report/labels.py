@@ -9,7 +9,7 @@ from tunery.datasets.report import texts
 from tunery.datasets.report.rows import Row
 
 TEXT = ""
-_LONGEST = 60
+LONGEST = 60
 _OFTEN = 3
 """Minimum rows for a value to be a class."""
 _COVERED = 0.6
@@ -52,7 +52,7 @@ def _values(answer: str) -> dict[str, str]:
         plain = ((key, value) for key, value in parsed.items() if isinstance(value, str | bool | int))
         return {key: texts.squash(value if isinstance(value, str) else json.dumps(value)) for key, value in plain}
     short = texts.squash(answer)
-    return {TEXT: short} if parsed is None and len(short) <= _LONGEST else {}
+    return {TEXT: short} if parsed is None and len(short) <= LONGEST else {}
 
 
 def _task(key: str, by_line: dict[int, str]) -> Task | None:

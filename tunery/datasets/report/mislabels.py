@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import cohen_kappa_score
 from sklearn.pipeline import make_union
 
 from tunery.datasets.report import labels, quotes, texts
@@ -31,6 +32,8 @@ _MANY = 10_000
 """Rows from which words alone are enough, and parts of words would only take time."""
 _READ = 1000
 """Characters of a question that are read."""
+_AGREEMENT = 0.4
+"""Minimum of Cohen's kappa between the labels and those that the classifier prefers."""
 _SHOWN = 40
 _ACTION = "Check the row, and correct the label if it is wrong."
 
@@ -39,21 +42,30 @@ def find(case: Case) -> Iterator[Finding]:
     """Finds rows whose answer is that of another question, the most certain first, without contradictions: those with
     values that only the question of another can have, and those for which the classifier prefers another label."""
     named = case.lines_found("contradiction", "wrong_roles", "empty_output", "truncated_output")
-    absent = {line: found for line, found in quotes.missing(case).items() if line not in named}
+    quoted = quotes.find(case)
+    absent = {line: found for line, found in quoted.missing.items() if line not in named}
     for line, (fraction, value) in sorted(absent.items(), key=lambda item: -item[1][0]):
         why = f"Has '{value[:_SHOWN]}', which is not in the question, although similar answers quote the question."
         yield Finding("mislabelled", [line], fraction, why, _ACTION)
     named |= absent.keys()
     for task in case.tasks:
         rows = [row for row in case.answered if row.line in task.labels]
-        if len(rows) < _LEAST:
+        if len(rows) < _LEAST or task.key in quoted.keys:
             continue
         given = [task.labels[row.line] for row in rows]
         margins, better = _margins(rows, given, _trusted(task, case.against))
+        if not _are_learnt(given, margins, better):
+            continue
         for at in np.argsort(margins):
             if margins[at] < 0 and rows[at].line not in named:
                 why = f"Has {task.name} '{given[at]}', whereas similar rows have '{better[at]}'."
                 yield Finding("mislabelled", [rows[at].line], float(-margins[at]), why, _ACTION)
+
+
+def _are_learnt(given: Sequence[str], margins: NDArray[np.float64], better: Sequence[str]) -> bool:
+    """Whether the classifier knows the labels at all, without which what it prefers says nothing of a row."""
+    preferred = np.where(margins < 0, better, given)
+    return float(cohen_kappa_score(given, preferred)) >= _AGREEMENT
 
 
 def _trusted(task: Task, against: Sequence[Row]) -> list[tuple[str, str]]:
