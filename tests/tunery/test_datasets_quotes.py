@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,13 +99,19 @@ def test_a_number_inside_another_is_no_quote() -> None:
     assert missing([*rows, row(1, "Table 4711 is free", table=71)]) == {1: "71"}
 
 
+def journey(at: int, city: str, answer: str | None = None) -> Row:
+    return Row(at, (Turn("user", f"Where is trip {at} to {city}?"), Turn("assistant", answer or city)))
+
+
 def test_short_answers_that_are_no_json_are_quotes_too() -> None:
-    rows = [
-        Row(at, (Turn("user", f"Where is trip {at} to {CITIES[at % 4]}?"), Turn("assistant", CITIES[at % 4])))
-        for at in range(60)
-    ]
-    wrong = Row(80, (Turn("user", "Where is trip 80 to Lima?"), Turn("assistant", "Rome")))
-    assert named([*rows, wrong]) == [(80, WHY.format("rome"))]
+    rows = [journey(at, CITIES[at % 4]) for at in range(60)]
+    assert named([*rows, journey(80, "Lima", "Rome")]) == [(80, WHY.format("rome"))]
+
+
+def test_a_rare_value_that_its_question_has_is_right() -> None:
+    """A classifier prefers another one, as it judges equal questions without having seen any of them."""
+    rows = [journey(at, CITIES[at % 4]) for at in range(60)]
+    assert named([*rows, *(replace(journey(80, "Bergen"), line=at) for at in range(80, 83))]) == []
 
 
 def test_topics_that_some_questions_only_describe() -> None:
