@@ -1,7 +1,9 @@
-"""Keys of rows and messages: absent ones, those only in answers, and those that would change a row's meaning."""
+"""Keys of rows and messages: their names, absent ones, those only in answers, and those that would change a row's
+meaning."""
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
@@ -10,6 +12,10 @@ OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
 _JUDGED = (
     "marks the answer as good or bad (KTO), which no method supports: a bad answer would be learned as a good one. "
     "Remove the rows with bad answers and the key, or use pairs of answers and the method 'dpo'."
+)
+_DISAPPROVED = (
+    "marks the answer as bad, which no method supports: it would be learned as a good one. Remove the rows with bad "
+    "answers and the key, or use pairs of answers and the method 'dpo'."
 )
 _RATED = (
     "rates the answer, which no method supports: all answers would be learned equally. Remove the rows whose answers "
@@ -29,12 +35,19 @@ _MASKED = (
 )
 _PICTURED = "contains images, audio or files, but only text is supported. Remove the key, or the row."
 _RENDERED = "changes how a template renders the row, which is not supported. Remove the key."
-_SYSTEM = "would be ignored. Put it into 'messages' as the first message, with the role 'system'."
+_SYSTEM = "would be ignored. Put it into 'messages' as the first message, with the role 'system', and remove the key."
 _EARLIER = "would be ignored. Put the earlier turns into 'messages', before the last question."
 
 _COMPARISON = re.compile(r"(?:.*_)?(?:chosen|rejected|preferred|non_preferred)(?:_.*)?")
 _MEANINGS: dict[str, tuple[str, ...]] = {
-    _JUDGED: ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "thumbs_up"),
+    _JUDGED: (
+        *("label", "kto_tag", "kto_label", "desirable", "is_desirable", "thumbs_up", "thumbs_down"),
+        *("is_good", "is_good_answer", "is_bad"),
+    ),
+    _DISAPPROVED: (
+        *("labels", "good", "feedback", "user_feedback", "correct", "is_correct", "accepted", "is_accepted"),
+        *("approved", "is_approved", "helpful", "is_helpful", "liked", "vote", "verdict", "judgement", "judgment"),
+    ),
     _RATED: ("score", "scores", "rating", "ratings", "reward", "rewards", "advantage", "advantages"),
     _COMPARED: ("preference", "margin"),
     _WEIGHED: ("weight", "weights", "sample_weight", "example_weight", "importance_weight"),
@@ -50,6 +63,11 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _SYSTEM: ("system", "system_prompt", "system_message"),
     _EARLIER: ("history",),
 }
+_BAD = frozenset({"false", "no", "bad", "wrong", "incorrect", "negative", "thumbs_down", "thumbs down", "down", "👎"})
+_BAD_NUMBERS = ("0", "-1")
+_LONGEST_NAME = 40
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_GAP = re.compile(r"[\s-]+")
 _MEANING = {key: meaning for meaning, keys in _MEANINGS.items() for key in keys}
 _HINTS = {
     **dict.fromkeys(
@@ -74,9 +92,30 @@ def present(value: Any, ignored: Collection[str] = ()) -> Any:
     return {key: item for key, item in value.items() if item is not None and key not in ignored}
 
 
+def name(key: str) -> str:
+    """Returns a key's name, which is the same in any case and with any separator of words: `is_desirable` also for
+    "IsDesirable" and "Is desirable"."""
+    return _name(key) if len(key) <= _LONGEST_NAME else key  # a cache of long keys would take too much memory
+
+
+@lru_cache(1024)
+def _name(key: str) -> str:
+    return _GAP.sub("_", _HUMP.sub("_", key.strip())).casefold()
+
+
+def by_name(row: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a row's keys by their names."""
+    return {name(key): key for key in row}
+
+
 def compares(key: str) -> bool:
     """Whether the key belongs to a preference between two answers."""
-    return _COMPARISON.fullmatch(key) is not None
+    return _COMPARISON.fullmatch(name(key)) is not None
+
+
+def has_meaning(known: str) -> bool:
+    """Whether a key of this name would change a row's meaning if it were ignored."""
+    return known in _MEANING
 
 
 def find_meaning(row: Mapping[str, Any], *, of_a_pair: bool = False) -> str | None:
@@ -85,29 +124,46 @@ def find_meaning(row: Mapping[str, Any], *, of_a_pair: bool = False) -> str | No
     `of_a_pair`: the row is a preference row, where a rating of its answers or a margin between them is not needed.
     """
     for key, value in row.items():
-        meaning = _COMPARED if compares(key) else _MEANING.get(key)
-        if of_a_pair and meaning == _COMPARED:
+        meaning = _meaning_of(key) if len(key) <= _LONGEST_NAME else None
+        if meaning is None or (of_a_pair and meaning == _COMPARED) or _is_empty(value):
             continue
-        if meaning is None or _is_empty(value) or (meaning == _SYSTEM and _says_it_itself(row)):
+        if (meaning == _SYSTEM and _is_repeated(row, value)) or (meaning == _DISAPPROVED and not _is_bad(key, value)):
             continue
         return f"has the key '{key}', which {meaning}"
     return None
+
+
+@lru_cache(1024)
+def _meaning_of(key: str) -> str | None:
+    return _COMPARED if compares(key) else _MEANING.get(name(key))
+
+
+def _is_bad(key: str, value: Any) -> bool:
+    """Whether the value disapproves of an answer. The number of a class may be 0."""
+    said = str(value).strip().casefold() if isinstance(value, str | int) else ""
+    return said in _BAD or (said in _BAD_NUMBERS and name(key) != "labels")
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def _says_it_itself(row: Mapping[str, Any]) -> bool:
+def _is_repeated(row: Mapping[str, Any], text: Any) -> bool:
     """Whether the conversation begins with the system message that a separate column repeats."""
     messages = row.get("messages")
     first = messages[0] if isinstance(messages, list) and messages else None
-    return isinstance(first, Mapping) and first.get("role") in ("system", "developer")
+    is_system = isinstance(first, Mapping) and first.get("role") in ("system", "developer")
+    return is_system and is_same(first.get("content"), text)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two texts differ at most in the blanks around them."""
+    return one == other or (isinstance(one, str) and isinstance(other, str) and one.strip() == other.strip())
 
 
 def hint(key: str) -> str:
     """Returns what to do about an unknown key of a message."""
-    return f"{_HINTS[key]}." if key in _HINTS else "Remove it."
+    return f"{_HINTS[known]}." if (known := name(key)) in _HINTS else "Remove it."
 
 
 _NEEDED = (

@@ -7,26 +7,25 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.rows import conversations, strict_json
-from tunery.rows.shape import SYSTEMS, Shape, any_case, as_given, begins_with_system, prompt_turns, text_message
+from tunery.rows import conversations, keys, strict_json
+from tunery.rows.shape import SYSTEMS, Shape, as_given, begins_with_system, prompt_turns, text_message
 
 _OUTPUTS = (("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion"))
 _CHOSEN = ("chosen", "rejected")
-_PROMPTS = any_case("prompt", "instruction", "question", "query", "messages", "conversations", "conversation")
+_PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations", "conversation")
 _BESIDE = {
     "user": _PROMPTS,
     "system": SYSTEMS,
-    "context": any_case("context"),
+    "context": ("context",),
     "history": ("history",),
-    "input": any_case("input"),
+    "input": ("input",),
 }
 
 
 class PairShape(Shape):
     """A shape with a `request`, or the parts of a prompt, and both answers: `preferred`, `dispreferred`."""
 
-    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
-        used = self.used(row)
+    def convert(self, row: dict[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
         rest = {key: value for key, value in row.items() if key not in used.values()}
         parts = {part: row[key] for part, key in used.items()}
         both = [_said(parts[side], used[side]) for side in ("preferred", "dispreferred")]
@@ -45,15 +44,16 @@ class PairShape(Shape):
 
 def detect(row: Mapping[str, Any]) -> PairShape | None:
     """Returns the shape of a preference row; None if one of the two answers is missing. Raises ValueError."""
-    for preferred, other in _OUTPUTS:
-        if preferred in row and other in row:
-            if "input" not in row:
-                raise ValueError(f"'input' is missing beside '{preferred}'. Add the conversation before the answer.")
-            return PairShape(
-                f"{preferred}/{other}", {"request": "input", "preferred": preferred, "dispreferred": other}
-            )
-    if all(key in row for key in _CHOSEN):
-        return PairShape("/".join(_CHOSEN), {"preferred": _CHOSEN[0], "dispreferred": _CHOSEN[1]}, _BESIDE)
+    named = keys.by_name(row)
+    for both in (*_OUTPUTS, _CHOSEN):
+        if not named.keys() >= set(both):
+            continue
+        answers = {"preferred": named[both[0]], "dispreferred": named[both[1]]}
+        if both == _CHOSEN:
+            return PairShape("/".join(both), answers, _BESIDE)
+        if "input" not in named:
+            raise ValueError(f"'input' is missing beside '{both[0]}'. Add the conversation before the answer.")
+        return PairShape("/".join(both), {"request": named["input"], **answers})
     return None
 
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunery.rows import conversations, strict_json
+from tunery.rows import conversations, keys, strict_json
 
 CHAT = "chat messages"
 SHAREGPT = "ShareGPT"
@@ -15,11 +15,7 @@ CHATML = "ChatML text"
 PLAIN = "plain text"
 
 
-def any_case(*names: str) -> tuple[str, ...]:
-    return (*names, *map(str.capitalize, names))
-
-
-SYSTEMS = any_case("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message")
 _CHATML_BEGIN, _CHATML_END = "<|im_start|>", "<|im_end|>"
 _CHATML_HEAD = re.compile(rf"{re.escape(_CHATML_BEGIN)}(\w+)\n")
 _BLANK = re.compile(r"\s*")
@@ -35,7 +31,7 @@ _RENDERED = re.compile(
 class Shape:
     """A shape's name, and the row's key of each part: `messages`, or `user` and `assistant`.
 
-    `optional`: spellings of keys that a row may have besides, by part: `system`, `context`, `input`, `history`, and
+    `optional`: names of keys that a row may have besides, by part: `system`, `context`, `input`, `history`, and
     `label`, which is not read.
     """
 
@@ -51,27 +47,23 @@ class Shape:
         """Returns the key of each part that a row has."""
         if not self.optional:
             return dict(self.columns)
-        found = {
-            part: next((key for key in spellings if key in row), None) for part, spellings in self.optional.items()
-        }
-        return {**self.columns, **{part: key for part, key in found.items() if key is not None}}
+        named = keys.by_name(row)
+        found = {part: next(filter(named.__contains__, names), None) for part, names in self.optional.items()}
+        return {**self.columns, **{part: named[name] for part, name in found.items() if name is not None}}
 
-    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the row with `messages` in place of the keys that these are made from. Raises ValueError."""
-        used = self.used(row)
+    def convert(self, row: dict[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
+        """Returns the row with `messages` in place of the `used` keys, of which these are made. Raises ValueError."""
         rest = {key: value for key, value in row.items() if key not in used.values()}
         parts = {part: row[key] for part, key in used.items()}
         return {**rest, "messages": self._messages(parts, used)}
 
-    def _messages(self, parts: dict[str, Any], used: dict[str, str]) -> Any:
+    def _messages(self, parts: dict[str, Any], used: Mapping[str, str]) -> Any:
         if "text" in parts:
             return _chatml(parts["text"])
         if "messages" not in parts:
             return _turns(parts, used)
         messages = conversations.convert(parts["messages"], used["messages"])
-        if isinstance(messages, list) and "system" in parts and not begins_with_system(messages):
-            return [*_system(parts, used), *messages]
-        return messages
+        return [*_system(parts, used, messages), *messages] if isinstance(messages, list) else messages
 
     def describe(self, used: Mapping[str, str]) -> str:
         """Returns a description of the shape and of what each column becomes."""
@@ -82,8 +74,8 @@ class Shape:
 class TextShape(Shape):
     """Plain text, all tokens of which are learned, without a prompt."""
 
-    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
-        key = self.columns["text"]
+    def convert(self, row: dict[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
+        key = used["text"]
         rest = {name: value for name, value in row.items() if name != key}
         message = text_message("assistant", row[key], key)
         _refuse_rendered(message["content"], key)
@@ -126,12 +118,9 @@ def prompt_turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]
     """Returns the messages of a question with the row's further parts. A prompt that is a list of messages is kept, and
     its assistant messages are not learned. Raises ValueError."""
     asked = parts["user"]
-    before = [*_system(parts, used), *_history(parts.get("history"))]
-    if not isinstance(asked, list):
-        return [*before, _user(parts, used)]
-    if begins_with_system(asked):
-        before = [message for message in before if message["role"] != "system"]
-    return [*before, *as_given(asked)]
+    is_list = isinstance(asked, list)
+    before = [*_system(parts, used, asked if is_list else ()), *_history(parts.get("history"))]
+    return [*before, *(as_given(asked) if is_list else [_user(parts, used)])]
 
 
 def _user(parts: Mapping[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
@@ -147,9 +136,17 @@ def _joined(between: str, *texts: str) -> str:
     return between.join(text for text in texts if text.strip())
 
 
-def _system(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[dict[str, Any]]:
+def _system(parts: Mapping[str, Any], used: Mapping[str, str], messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns the row's system message, unless `messages` begin with it. Raises ValueError for two different ones."""
     text = _optional_text(parts, used, "system")
-    return [{"role": "system", "content": text}] if text else []
+    if not text or not begins_with_system(messages):
+        return [{"role": "system", "content": text}] if text else []
+    if not keys.is_same(messages[0].get("content"), text):
+        raise ValueError(
+            f"'{used['system'][:40]}' would be ignored, as the conversation begins with another system message. Keep "
+            "one of them."
+        )
+    return []
 
 
 def _optional_text(parts: Mapping[str, Any], used: Mapping[str, str], part: str) -> str:
@@ -187,7 +184,7 @@ def _history(value: Any) -> list[dict[str, Any]]:
     return [text_message(role, text, "history") for pair in turns for role, text in pair]
 
 
-def begins_with_system(messages: list[Any]) -> bool:
+def begins_with_system(messages: Sequence[Any]) -> bool:
     """Whether the first message is the system's."""
     first = messages[0] if messages else None
     return isinstance(first, dict) and first.get("role") in ("system", "developer")

@@ -20,7 +20,6 @@ from tunery.rows.shape import (
     SYSTEMS,
     Shape,
     TextShape,
-    any_case,
     is_chatml,
 )
 
@@ -33,6 +32,9 @@ _CLASSES = ("intent", "category", "class", "class_name", "labels", "sentiment", 
 """Names of a column that may hold the class of a text, or only describe it."""
 _BESIDE_TEXT = frozenset({*_ANSWERS, *_LABELS, *_CLASSES})
 _BY_HAND = "in the job's 'columns'."
+_OF_CHATS = frozenset({"messages", "tools", "functions", "parallel_tool_calls"})
+"""Keys that are read by this spelling."""
+_PARTS = frozenset({*_QUESTIONS, *_BESIDE_TEXT, *_CONVERSATIONS, *_OF_CHATS, "text", "context"})
 
 
 class FileShape:
@@ -49,7 +51,7 @@ class FileShape:
         """Returns a row's non-null fields, by the names that shapes use. Raises ValueError if a column is missing."""
         row: dict[str, Any] = keys.present(source.load())
         if not self.columns:
-            return row
+            return row if len(row) == 1 and "messages" in row else _respell(row)
         if all(column not in row for column in self.columns.values()):
             raise ValueError(self._no_column(row))
         return {part: row[column] for part, column in self.columns.items() if column in row}
@@ -65,8 +67,9 @@ class FileShape:
             self.shape, self._first = self._detect(row, source), source.number
         elif not self.shape.fits(row):
             raise ValueError(self._differs(row))
-        self.used |= self.shape.used(row)
-        return row if self.shape.name == CHAT else self.shape.convert(row)
+        used = self.shape.used(row)
+        self.used |= used
+        return row if self.shape.name == CHAT else self.shape.convert(row, used)
 
     def _detect(self, row: dict[str, Any], source: SourceRow) -> Shape:
         read = self.columns or source.load()
@@ -79,7 +82,7 @@ class FileShape:
             raise
         if isinstance(shape, TextShape):
             # A text is no whole row where other rows have its answer or class.
-            answers = {key: "" for key in empty if key.strip().casefold() in _BESIDE_TEXT}
+            answers = {key: "" for key in empty if keys.name(key) in _BESIDE_TEXT}
             detect({**row, **answers})
             if (reason := _lacks_values(row, answers, self.columns)) is not None:
                 raise ValueError(reason)
@@ -114,22 +117,45 @@ def detect(row: Mapping[str, Any]) -> Shape:
     """Returns the shape of a row without nulls. Raises ValueError, with what to do, if it has no trainable shape."""
     if (pair := pairs.detect(row)) is not None:
         return pair
+    named = keys.by_name(row)
     if "messages" in row:
         is_sharegpt = conversations.is_sharegpt(row["messages"])
         return Shape(SHAREGPT, {"messages": "messages"}, {"system": SYSTEMS}) if is_sharegpt else CHAT_SHAPE
     if any(map(keys.compares, row)):
         raise ValueError(keys.HALF_A_PAIR)
-    for key in _CONVERSATIONS:
-        if key in row:
-            return Shape(SHAREGPT, {"messages": key}, {"system": SYSTEMS})
-    if is_chatml(row.get("text")):
-        return Shape(CHATML, {"text": "text"})
-    return _question_answer(row)
+    for name in _CONVERSATIONS:
+        if name in named:
+            return Shape(SHAREGPT, {"messages": named[name]}, {"system": SYSTEMS})
+    if "text" in named and is_chatml(row[named["text"]]):
+        return Shape(CHATML, {"text": named["text"]})
+    return _question_answer(row, named)
 
 
-def _question_answer(row: Mapping[str, Any]) -> Shape:
-    """Returns the shape of a row with a question and an answer, by their various names."""
-    names = {key.strip().casefold(): key for key in row}
+def _respell(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row in which the keys of chats have their usual spelling. Raises ValueError if two keys that are read
+    have the same name."""
+    names = list(map(keys.name, row))
+    if len(set(names)) < len(names):
+        _refuse_twins(row)
+    if names == list(row) or _OF_CHATS.isdisjoint(names):
+        return row
+    return {known if known in _OF_CHATS else key: row[key] for known, key in zip(names, row, strict=True)}
+
+
+def _refuse_twins(row: Mapping[str, Any]) -> None:
+    first: dict[str, str] = {}
+    for key in row:
+        known = keys.name(key)
+        if known in first and (known in _PARTS or keys.has_meaning(known) or keys.compares(known)):
+            raise ValueError(
+                f"{_START}: '{first[known]}' and '{key}' are two spellings of the same key. Keep one of them, or "
+                "rename the other."
+            )
+        first[known] = key
+
+
+def _question_answer(row: Mapping[str, Any], names: Mapping[str, str]) -> Shape:
+    """Returns the shape of a row with a question and an answer. `names`: its keys by their names."""
     asked = [key for key in _QUESTIONS if key in names]
     answered = [key for key in _ANSWERS if key in names]
     if "instruction" in asked and "input" in asked:
@@ -138,17 +164,17 @@ def _question_answer(row: Mapping[str, Any]) -> Shape:
         asked = ["text"]
     if asked and not answered:
         answered = _find_label_column(row, names)
-    is_text = asked == ["text"] and not answered and isinstance(row.get("text"), str) and "role" not in row
+    is_text = asked == ["text"] and not answered and isinstance(row[names["text"]], str) and "role" not in names
     if is_text and not keys.find_meaning(row):
         _refuse_class(names)
-        return TextShape(PLAIN, {"text": "text"})
+        return TextShape(PLAIN, {"text": names["text"]})
     if not asked or not answered:
         raise ValueError(_no_shape(row))
     _refuse_ambiguous([names[key] for key in asked], "question")
     _refuse_ambiguous([names[key] for key in answered], "answer")
-    optional = {"system": SYSTEMS, "context": any_case("context"), "history": ("history",)}
+    optional = {"system": SYSTEMS, "context": ("context",), "history": ("history",)}
     if asked == ["instruction"]:
-        optional["input"] = any_case("input")
+        optional["input"] = ("input",)
     if answered == ["label_text"]:
         optional["label"] = ("label",)  # the number of the class that label_text names
     name = ALPACA if (asked, answered) == (["instruction"], ["output"]) else f"{asked[0]}/{answered[0]}"
@@ -179,7 +205,7 @@ def _refuse_class(names: Mapping[str, str]) -> None:
 def _no_shape(row: Mapping[str, Any]) -> str:
     expected = f"{_START}, expected chat messages: the key 'messages' is missing"
     # A class that is no boolean judges no answer.
-    judged = {key: value for key, value in row.items() if key not in _LABELS or isinstance(value, bool)}
+    judged = {key: value for key, value in row.items() if keys.name(key) not in _LABELS or isinstance(value, bool)}
     if meaning := keys.find_meaning(judged):
         return f"{expected}, and the row {meaning}"
     if "role" in row and ("content" in row or "text" in row):
