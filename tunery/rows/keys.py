@@ -152,8 +152,9 @@ def _is_repeated(row: Mapping[str, Any], text: Any) -> bool:
     """Whether the conversation begins with the system message that a separate column repeats."""
     messages = row.get("messages")
     first = messages[0] if isinstance(messages, list) and messages else None
-    is_system = isinstance(first, Mapping) and first.get("role") in ("system", "developer")
-    return is_system and is_same(first.get("content"), text)
+    if not isinstance(first, Mapping) or first.get("role") not in ("system", "developer"):
+        return False
+    return is_same(first.get("content"), text)
 
 
 def is_same(one: Any, other: Any) -> bool:
