@@ -25,7 +25,6 @@ from tunery.datasets.report import (
     page,
     plausibility,
     privacy,
-    refusals,
     roles,
     scripts,
     truncation,
@@ -414,20 +413,6 @@ def test_a_large_group_of_like_prompts_is_named() -> None:
     asked = ["Say hello to me please"] * 25 + [f"{word} question about {word}" for word in ("tax", "sea", "art")]
     (finding,) = diversity.find(Case([row(n, question, f"a{n}") for n, question in enumerate(asked, 1)]))
     assert (finding.kind, len(finding.lines)) == ("low_diversity", 25)
-
-
-@pytest.mark.parametrize(
-    ("answer", "refuses"),
-    [
-        ("I'm sorry, but I can\u2019t help with that.", True),
-        ("As an AI language model, I have no taste.", True),
-        ("I am unable to provide legal advice.", True),
-        ("I can help you. If the shop says it cannot help, call us.", False),
-        ("Sorry for the delay! Your card is on its way.", False),
-    ],
-)
-def test_refusals(answer: str, refuses: bool) -> None:
-    assert bool(lines(refusals.find, Case([row(1, "q", answer)]))) is refuses
 
 
 def test_rows_in_another_script() -> None:

@@ -7,21 +7,63 @@ from tunery.datasets.report.case import Case, Finding
 
 _HEAD = 200
 """Characters of an answer within which it refuses: what it says later is about something else."""
-_REFUSAL = re.compile(
-    r"\bas an ai\b|\bas a (?:large )?language model\b"
-    r"|\bi(?:'m| am) (?:very |so )?sorry,? but i (?:can(?:'t|not)|am (?:not able|unable)|won't)"
-    r"|\bi(?: can(?:'t|not)| won't|(?: am|'m) (?:unable|not able) to)"
-    r" (?:help|assist|provide|comply|fulfil|create|generate|support)\b"
-    r"|\bi must decline\b",
-    re.IGNORECASE,
+_APOSTROPHES = str.maketrans("\u2019\u02bc\u2032", "'''")
+_CANNOT = (
+    r"i(?: can(?:'t| ?not)| (?:won't|will not)|(?: am|'m) (?:unable|not able) to)"
+    r"(?: and (?:will not|won't|can(?:'t| ?not)))?"
 )
+_THAT = (
+    r"(?: (?:to |with |in |about |on )?(?:that|this|it|such|these|your|the) ?(?:request|question|topic|subject|task"
+    r"|prompt|conversation|information|kind of \w+|type of \w+|)s?)?(?: for you)?(?=\s*(?:[.!?,;:]|$|\n))"
+)
+"""What a refusal is about, which is nothing of its own, and then the end of the clause: `that question.`"""
+_SEARCHES = (
+    r"(?:find|see|locate|identify|open|read|access|reach|track|hear|recall|remember|confirm|verify|cancel|refund|exchange"
+    r"|return|change|reset|process|accept|reproduce|be|wait)\b"
+)
+"""What an assistant of a shop may be sorry not to be able to do."""
+_ENGLISH = (
+    r"\bas an ai\b|\bas a (?:large )?language model\b|\bi(?:'m| am) (?:just|only) an ai\b",
+    r"\b(?:i(?:'m| am) (?:very |so )?)?sorry,? but i (?:can(?:'t| ?not)|am (?:not able|unable) to|won't) (?!"
+    + _SEARCHES
+    + ")",
+    rf"\b{_CANNOT} (?:help(?! (?:but|\w+ing)\b)|assist|provide|comply|fulfill?|create|generate|support|engage)\b",
+    rf"(?:^|[.!?\n]\s*|, ?(?:but )?|i'm afraid |i am afraid ){_CANNOT} (?:do|answer|discuss|write|share|say){_THAT}",
+    r"\bi (?:must|have to|will have to|'ll have to) (?:\w+ly )?decline\b",
+    r"\bi(?:'m| am) not comfortable \w+ing\b|\bi (?:don't|do not) feel comfortable (?:with (?:that|this)|\w+ing)\b",
+    r"\bit(?:'s| is| would be) (?:not appropriate|inappropriate|unethical|not ethical) for me to\b",
+    r"\bagainst my (?:\w+ )?(?:guidelines|programming|principles|policies)\b",
+)
+_GERMAN = (
+    r"\bals (?:eine? )?(?:ki|künstliche intelligenz|(?:ki-|großes )?sprachmodell)\b",
+    r"\b(?:ich (?:kann|darf|werde)|(?:kann|darf|werde) ich)(?: \w+){0,4} nicht (?:(?:weiter)?helfen|unterstützen"
+    r"|beantworten|erfüllen|nachkommen|diskutieren|besprechen|bereitstellen)\b",
+    r"\bda(?:s|bei) (?:kann|darf|werde) ich(?: leider| dir| ihnen)* nicht (?:tun|machen|schreiben)\b",
+    r"\bich bin (?:leider )?nicht in der lage,(?: \w+){0,4} zu (?:helfen|beantworten|erfüllen|besprechen)\b",
+    r"\b(?:ich muss|muss ich)(?: \w+){0,3} ablehnen\b",
+)
+_FRENCH = (
+    r"\ben tant (?:qu'(?:une )?(?:ia|intelligence artificielle|assistant ia)|que modèle de langage)\b",
+    r"\bje ne (?:peux|puis|pourrai|suis)(?: malheureusement)? pas (?:en mesure d(?:e |'))?(?:vous |t'|y )?(?:aider"
+    r"|assister|fournir|satisfaire|discuter"
+    r"|faire (?:cela|ça)|répondre(?: à (?:cette|votre|ta) \w+)?(?=\s*(?:[.!,;]|$)))",
+    r"\bje dois (?:refuser|décliner)\b",
+)
+_SPANISH = (
+    r"\bcomo (?:una? )?(?:ia|inteligencia artificial|modelo de lenguaje|asistente de ia)\b",
+    r"\bno (?:puedo|podré|me es posible|soy capaz de) (?:ayudar|asistir|proporcionar|cumplir|hacer eso|hablar de ese"
+    r"|hablar de este|responder(?: a (?:esa|esta|tu|su) \w+)?(?=\s*(?:[.!,;]|$)))",
+    r"\bdebo (?:rechazar|declinar)\b",
+)
+_REFUSAL = re.compile("|".join((*_ENGLISH, *_GERMAN, *_FRENCH, *_SPANISH)), re.IGNORECASE)
 _ACTION = "Keep it if such a question should be refused; otherwise write the answer, or drop the row."
 
 
 def find(case: Case) -> Iterator[Finding]:
     """Finds rows whose answer begins with a refusal."""
     for row in case.answered:
-        found = _REFUSAL.search(row.answer[:_HEAD].replace("\u2019", "'"))
+        found = _REFUSAL.search(row.answer[:_HEAD].translate(_APOSTROPHES))
         if found is not None:
             score = 1 - found.start() / _HEAD
-            yield Finding("refusal", [row.line], score, f"The answer refuses: '{found[0]}'.", _ACTION)
+            said = found[0].strip(" \n.,!?")
+            yield Finding("refusal", [row.line], score, f"The answer refuses: '{said}'.", _ACTION)
