@@ -14,6 +14,7 @@ from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, noth
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, is_answerable
 from tunery.rows.preferences import Pair
+from tunery.rows.rendered import find_marker
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
@@ -30,7 +31,8 @@ class Summary:
     `truncated`: lines that lose their end to the cut, `left_out`: lines of which a sequence is left out since it loses
     a part of an answer, `unlearnable`: lines that lose every answer and are left out.
     `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer is empty as the
-    template writes it. `spelled`: lines that spell special tokens, which they keep as text. `unknown_keys`: those of
+    template writes it. `spelled`: lines that spell special tokens, which they keep as text. `rendered`: lines with a
+    message that begins or ends with a template's marker, and the marker. `unknown_keys`: those of
     the rows that are read by nobody, in the order in which they came. `shape`: what the rows' columns become.
     `answer_tokens`: lines with the tokens of the answers that they want, of rows that a model is going to answer."""
 
@@ -45,6 +47,7 @@ class Summary:
     unscorable: list[int] = field(default_factory=list)
     unknown_keys: dict[str, None] = field(default_factory=dict)
     spelled: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    rendered: dict[int, str] = field(default_factory=dict)
     with_tools: int = 0
     answer_tokens: list[tuple[int, int]] = field(default_factory=list)
     shape: FileShape = field(default_factory=FileShape, compare=False)
@@ -115,6 +118,13 @@ class Summary:
             found.append(
                 f"{len(self.unscorable)} of {self.examples} test examples have an empty expected answer and are left "
                 f"out of the scorecard: {_lines(self.unscorable)}."
+            )
+        if self.rendered:
+            found.append(
+                f"{len(self.rendered)} of {self.examples} examples have a message that begins or ends with a marker of "
+                f"a chat template ({', '.join(sorted(set(self.rendered.values()))[:_SHOWN])}): "
+                f"{_lines(list(self.rendered))}. The template of the job's model writes its own, and these would be "
+                "read and learned as plain text. Remove them, and send each turn as a message of its own."
             )
         if self.spelled:
             tokens = sorted({token for spelled in self.spelled.values() for token in spelled})
@@ -256,6 +266,9 @@ def _count(summary: Summary, number: int, example: Example) -> None:
     summary.unknown_keys.update(dict.fromkeys(example.unknown_keys))
     if any(message.is_trained and message.is_silent for message in example.messages):
         summary.silent.append(number)
+    messages = [*example.messages, example.dispreferred] if isinstance(example, Pair) else example.messages
+    if marker := next(filter(None, [find_marker(message.content or "") for message in messages]), None):
+        summary.rendered[number] = marker
 
 
 def _measure(summary: Summary, number: int, encoded: Encoded) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunery.rows import conversations, keys, strict_json
+from tunery.rows import conversations, keys, rendered, strict_json
+from tunery.rows.rendered import CHATML_BEGIN, CHATML_END
 
 CHAT = "chat messages"
 SHAREGPT = "ShareGPT"
@@ -16,15 +17,8 @@ PLAIN = "plain text"
 
 
 SYSTEMS = ("system", "system_prompt", "system_message")
-_CHATML_BEGIN, _CHATML_END = "<|im_start|>", "<|im_end|>"
-_CHATML_HEAD = re.compile(rf"{re.escape(_CHATML_BEGIN)}(\w+)\n")
+_CHATML_HEAD = re.compile(rf"{re.escape(CHATML_BEGIN)}(\w+)\r?\n")
 _BLANK = re.compile(r"\s*")
-_MARKS = ("<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>")
-"""BOS and EOS tokens, which stand around a conversation that a template has rendered."""
-_RENDERED = re.compile(
-    r"\[INST\]|<<SYS>>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|system|assistant|start|turn)\|?>"
-)
-"""What conversations begin with that well-known templates have rendered."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,9 @@ class Shape:
 
 class TextShape(Shape):
     """Plain text, all tokens of which are learned, without a prompt."""
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        return super().fits(row) and not rendered.is_chatml(row[self.columns["text"]])
 
     def convert(self, row: dict[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
         key = used["text"]
@@ -190,23 +187,11 @@ def begins_with_system(messages: Sequence[Any]) -> bool:
     return isinstance(first, dict) and first.get("role") in ("system", "developer")
 
 
-def is_chatml(text: Any) -> bool:
-    """Whether a text begins with a turn of ChatML."""
-    return isinstance(text, str) and _bare(text).startswith(_CHATML_BEGIN)
-
-
-def _bare(text: str) -> str:
-    """Returns a text without white space, one BOS and one EOS token around it."""
-    text = text.strip()
-    text = text.removeprefix(next(filter(text.startswith, _MARKS), "")).lstrip()
-    return text.removesuffix(next(filter(text.endswith, _MARKS), "")).rstrip()
-
-
 def _refuse_rendered(text: str, key: str) -> None:
     """Raises ValueError for a conversation that a chat template has rendered, of which every token would be learned."""
-    if (mark := _RENDERED.match(_bare(text))) is not None:
+    if (mark := rendered.find_turn(text)) is not None:
         raise ValueError(
-            f"'{key[:40]}' begins with '{mark[0]}', so a chat template has already rendered it. Its prompts would be "
+            f"'{key[:40]}' begins with '{mark}', so a chat template has already rendered it. Its prompts would be "
             "learned, and its special tokens as plain text. Send the conversation as 'messages'; the template of the "
             "job's model renders it."
         )
@@ -214,16 +199,16 @@ def _refuse_rendered(text: str, key: str) -> None:
 
 def _chatml(text: Any) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    place, text = 0, _bare(text) if isinstance(text, str) else ""
+    place, text = 0, rendered.bare(text) if isinstance(text, str) else ""
     while place < len(text):
         # Not by one pattern for a turn: it would read the rest of the text once for each turn without an end.
         head = _CHATML_HEAD.match(text, place)
-        end = -1 if head is None else text.find(_CHATML_END, head.end())
+        end = -1 if head is None else text.find(CHATML_END, head.end())
         if head is None or end < 0:
             turns = []
             break
         turns.append({"role": head[1], "content": text[head.end() : end]})
-        place = _after_blank(text, end + len(_CHATML_END))
+        place = _after_blank(text, end + len(CHATML_END))
     if not turns:
         raise ValueError("'text' must be whole turns of ChatML: <|im_start|>ROLE, a line break, the text, <|im_end|>.")
     return turns

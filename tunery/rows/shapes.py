@@ -9,6 +9,7 @@ from typing import Any
 
 from tunery.rows import conversations, keys, pairs
 from tunery.rows.formats import SourceRow
+from tunery.rows.rendered import is_chatml
 from tunery.rows.shape import (
     ALPACA,
     CHAT,
@@ -20,7 +21,6 @@ from tunery.rows.shape import (
     SYSTEMS,
     Shape,
     TextShape,
-    is_chatml,
 )
 
 _QUESTIONS = ("prompt", "instruction", "input", "question", "query", "user")
