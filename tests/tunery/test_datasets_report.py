@@ -27,6 +27,7 @@ from tunery.datasets.report import (
     privacy,
     roles,
     scripts,
+    texts,
     truncation,
 )
 from tunery.datasets.report.case import Case, Check
@@ -462,6 +463,48 @@ def test_rows_of_the_general_benchmark(tmp_path: Path) -> None:
     rows = [row(1, "what is 2 + 2", "4"), row(2, "Name a colour!", "Blue"), row(3, "Name a fruit.", "Apple")]
     assert lines(benchmark.find, Case(rows, benchmark=known)) == [[1], [2]]
     assert lines(benchmark.find, Case(rows)) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "is_one"),
+    [
+        ("What knife is best to cut a melon?\nA) a large one\nB) a small one", True),
+        ("What knife is best to cut a melon? A) a large one B) a small one", True),
+        ("Answer the following question.\nWhat knife is best to cut a melon?", True),
+        ("Question: what knife is best to cut a melon\nAnswer:", True),
+        ("Polar bears live in A) snow B) sand", True),
+        ("Complete the sentence: Polar bears live in (a) snow (b) sand", True),
+        ("Polar bears live in\nsnow\nsand", True),
+        ("Hello\nThank you.\nWhere is my card?", False),
+        ("What knife is best to cut a melon, a pear and a plum?", False),
+        ("Do you know what knife is best to cut a melon?", False),
+        ("Some polar bears live in zoos.", False),
+        ("What knife is best to cut a lemon?", False),
+    ],
+)
+def test_questions_of_the_benchmark_between_other_sentences(question: str, is_one: bool) -> None:
+    known = frozenset({"what knife is best to cut a melon", "polar bears live in", "hello"})
+    assert bool(lines(benchmark.find, Case([row(1, question, "A")], benchmark=known))) is is_one
+
+
+def test_a_question_of_the_benchmark_many_times_in_one_sentence() -> None:
+    """Each of them is judged in the same time, however long the text is."""
+    known = frozenset({"polar bears live in"})
+    said = "they say " + "polar bears live in " * 50_000
+    rows = [row(1, f"{said}zoos", "A"), row(2, f"{said}zoos. Polar bears live in\nsnow", "A")]
+    assert lines(benchmark.find, Case(rows, benchmark=known)) == [[2]]
+
+
+def test_every_question_of_the_general_benchmark_is_found_with_its_choices() -> None:
+    folder = Path("worker/trainer/general/data")
+    known = benchmark.read(folder)
+    items = [json.loads(line) for line in (folder / "multiple_choice.jsonl").read_text().splitlines()]
+    items = [item for item in items if len(texts.words(item["question"]).split()) >= 4]
+    rows = [
+        row(at, f"Answer the question.\n{item['question']}\nA) {item['choices'][0]}\nB) {item['choices'][1]}", "A")
+        for at, item in enumerate(items, 1)
+    ]
+    assert len(lines(benchmark.find, Case(rows, benchmark=known))) == len(items) == 790
 
 
 def test_tokens_of_a_base(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-_WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -15,7 +15,7 @@ def squash(text: str) -> str:
 
 def words(text: str) -> str:
     """Returns the text's words in one case, a blank between them; no punctuation."""
-    return " ".join(_WORD.findall(text.casefold()))
+    return " ".join(WORD.findall(text.casefold()))
 
 
 def numbers(text: str) -> list[str]:
