@@ -53,6 +53,32 @@ def dropped(done: Cleaned) -> list[tuple[int, str]]:
     return [(one.line, one.kind) for one in done.dropped]
 
 
+LAST_INVALID = {
+    "csv": "prompt,completion\na,b\nc,d\ne,f,g\n",
+    "json": '[{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}, {"prompt": NaN}]',
+}
+
+
+@pytest.mark.parametrize("kind", LAST_INVALID)
+@pytest.mark.parametrize("order", [RECOMMENDED, Cleaning(actions=[Action(kind="exact_duplicate", action="keep_one")])])
+def test_a_row_that_cannot_be_written_is_counted_and_dropped(tmp_path: Path, kind: str, order: Cleaning) -> None:
+    path = tmp_path / f"last.{kind}"
+    path.write_text(LAST_INVALID[kind])
+    done, rows = cleaned(path, order)
+    assert (done.rows, done.clean.rows, dropped(done)) == (3, 2, [(3, "invalid_row")])
+    assert done.kinds == {"invalid_row": {"dropped": 1, "changed": 0}}
+    assert [row["prompt"] for row in rows] == ["a", "c"]
+
+
+def test_an_empty_answer_of_a_table_is_one_in_the_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,id,system\nfirst,,1,\nsecond,b,2,\nsecond,b,3,\nask ana@example.org,,4,\n")
+    actions = [Action(kind="exact_duplicate", action="keep_one"), Action(kind="pii", action="redact")]
+    _, rows = cleaned(path, Cleaning(actions=actions))
+    assert [(row["completion"], row["system"]) for row in rows] == [("", None), ("b", None), ("", None)]
+    assert all(row.fault is None for row in read(path.with_name("clean.jsonl")))
+
+
 def test_injected_faults_are_gone_and_the_file_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(injector, "COUNTS", dict.fromkeys(injector.COUNTS, 4))
     dice = random.Random(3)
@@ -95,7 +121,12 @@ def test_rows_that_nothing_is_done_to_stay_byte_for_byte(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(stored)
         done = cleaner.clean(tmp_path / name, tmp_path / "out", RECOMMENDED)
         out = (tmp_path / "out").read_bytes().split(b"\n")
-        assert [out[0], out[1], out[3], out[4]] == [lines[0].encode(), lines[1].encode(), lines[4].encode(), b""]
+        assert [out[0], out[1], out[3], out[4]] == [
+            lines[0].encode(),
+            lines[1].encode(),
+            lines[4].removeprefix("\ufeff").encode(),
+            b"",
+        ]
         assert json.loads(out[2]) == chat("write to <EMAIL_ADDRESS>", "c")
         assert dropped(done) == [(4, "exact_duplicate")]
         assert "ana@" not in json.dumps(done.as_dict())
@@ -218,7 +249,7 @@ def test_rows_of_named_columns_are_cleaned_and_keep_them(tmp_path: Path, others:
 
     done, rows = cleaned(path, Cleaning(recommended=True, columns=NAMED), against=other)
 
-    assert dropped(done) == [(2, "near_duplicate"), (4, "test_leak"), (6, "invalid_row")]
+    assert dropped(done) == [(2, "near_duplicate"), (4, "test_leak"), (6, "empty_output")]
     assert [(one.line, one.kind) for one in done.changed] == [(3, "pii")]
     assert rows == [
         {"Frage": "Wer singt?", "Antwort": "Ada.", "id": "0"},

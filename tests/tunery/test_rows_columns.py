@@ -21,7 +21,7 @@ from tunery.datasets.rules import check_examples
 from tunery.errors import InvalidValue
 from tunery.failures import InvalidTrainingFile
 from tunery.rows.bulk import Judged, Reading, digest_rows
-from tunery.rows.encoding import encoder_of_any, find_encoder
+from tunery.rows.encoding import encoder_of_any, find_encoder, read_examples
 from tunery.rows.shapes import can_be_named
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Columns, Dpo, Supervised
@@ -99,10 +99,11 @@ def test_named_columns_of_pairs_and_conversations() -> None:
 @pytest.mark.parametrize(
     ("table", "missing"),
     [
-        (b"prompt,completion\nq,\n", "prompt/completion, but has no value in 'completion'."),
-        (b"id,Question,Answer\n1,,a\n", "question/answer, but has no value in 'Question'."),
-        (b"text,label\nq,\nq,a\n", "text/label, but has no value in 'label'."),
+        (b'{"prompt": "q", "completion": null}', "prompt/completion, but has no value in 'completion'."),
+        (b'{"id": 1, "Question": null, "Answer": "a"}', "question/answer, but has no value in 'Question'."),
+        (b'{"text": "q", "label": null}\n{"text": "q", "label": "a"}', "text/label, but has no value in 'label'."),
         (b'{"text": "q", "output": null}', "text/output, but has no value in 'output'."),
+        (b"id,messages\n1,\n", "chat messages, but has no value in 'messages'."),
         (b"text,intent\nq,\n", "'intent' may be the class of 'text'"),
         (b'{"prompt": "q", "chosen": null, "rejected": "b"}', "chosen/rejected, but has no value in 'chosen'."),
     ],
@@ -112,6 +113,32 @@ def test_a_first_row_without_a_value_says_which(table: bytes, missing: str) -> N
         check_examples([table], least=1)
     assert missing in refused.value.message
     assert can_be_named(refused.value.message)
+
+
+@pytest.mark.parametrize(
+    ("table", "turns"),
+    [
+        (b"prompt,completion\na,b\nc,\n,d\n", [("a", "b"), ("c", ""), ("", "d")]),
+        (b"prompt,completion\nq,\na,b\n", [("q", ""), ("a", "b")]),
+        (b"Question\tAnswer\tid\nq\t\t1\n", [("q", "")]),
+        (b"text,label\nq,\nq,a\n", [("q", ""), ("q", "a")]),
+    ],
+)
+def test_an_empty_cell_is_an_empty_text_as_in_json(table: bytes, turns: list[tuple[str, str]]) -> None:
+    examples = [example for _, example in read_examples([table], "training")]
+    assert [tuple(message.content for message in example.messages) for example in examples] == turns
+    assert check_examples([table], least=1).silent == [line for line, (_, said) in enumerate(turns, 1) if not said]
+
+
+def test_an_empty_cell_of_a_named_column_is_an_empty_text() -> None:
+    encoder = encoder_of_any("assistant", NAMED)
+    assert check_examples([b"Frage,Antwort\nq,\nq,a\n"], encoder=encoder, least=1).silent == [1]
+
+
+def test_an_empty_cell_beside_the_answer_is_absent() -> None:
+    table = b"prompt,completion,label,system,chosen\nq,a,,,\nq,b,,Be brief.,\n"
+    examples = [example for _, example in read_examples([table], "training")]
+    assert [len(example.messages) for example in examples] == [2, 3]
 
 
 @pytest.mark.parametrize("row", [{"Frage": "q", "Antwort": None}, {"Frage": "q", "antwort": "a"}])

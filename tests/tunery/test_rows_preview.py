@@ -145,6 +145,18 @@ def test_loss_on_passes_its_checks(load: Load, loss_on: Any) -> None:
     assert (masked[0] == 1) == (loss_on == "all")  # the first token has nothing before it
 
 
+def test_a_last_message_of_weight_0_needs_no_end(load: Load) -> None:
+    last = {**ROWS[0]["messages"][-1], "weight": 0}
+    rows = [{"messages": [*ROWS[0]["messages"][:-1], last]}]
+    encoder = find_encoder(Supervised(loss_on="all"), "training")
+    template = load(CHATML)
+    whole = make(template, rows, encoder)
+
+    assert whole.passed
+    cut = make(template, rows, encoder, max_tokens=whole.rows[0].sequences[0].masked)
+    assert failed(cut) == {"end_of_turn_trained": [1]}
+
+
 def marked(template: ChatTemplate) -> Marked:
     rendered = CHATS.encode(template, CHATS.parse(next(iter(preview.read_rows(lines(ROWS), "training"))), "training"),
                             1, max_length=10_000).sequences[0]  # fmt: skip

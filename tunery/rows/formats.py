@@ -15,7 +15,7 @@ class SourceRow(NamedTuple):
 
     `number`: the row's place in its file, from 1, by which every message names it. `line`: the line on which it begins,
     where that is not its number. `shape`: of the file's rows. `text`: the JSON of a row that is not parsed yet
-    (`jsonl.parse`), whose other members say nothing so far.
+    (`jsonl.parse`), whose other members say nothing so far. `is_table`: whether a null stands for an empty cell.
     """
 
     number: int
@@ -24,6 +24,7 @@ class SourceRow(NamedTuple):
     line: int | None = None
     shape: "FileShape | None" = None
     text: str | None = None
+    is_table: bool = False
 
     def load(self) -> dict[str, Any]:
         """Returns the row's fields. Raises ValueError, with a readable reason, if it has none."""

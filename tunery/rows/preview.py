@@ -69,7 +69,8 @@ def _preview_row(
         reason = str(error.fields["reason"])
         return PreviewRow(number=source.number, line=source.line, error=reason, failed=["rows_are_read"])
     failed |= checker.check_roles(source.number, example)
-    marked = [Marked(rendered.input_ids, rendered.labels, max_tokens) for rendered in encoded.sequences]
+    ends_unlearned = example.messages[-1].role == "assistant" and not example.messages[-1].is_trained
+    marked = [Marked(rendered.input_ids, rendered.labels, max_tokens, ends_unlearned) for rendered in encoded.sequences]
     for sequence in marked:
         failed |= checker.check_sequence(source.number, sequence)
     sequences = [describe(template, sequence) for sequence in marked]

@@ -11,11 +11,13 @@ from tunery.rows.template import IGNORED, ChatTemplate
 
 @dataclass(frozen=True)
 class Marked:
-    """A whole sequence with its labels, and the number of tokens that a run keeps."""
+    """A whole sequence with its labels, and the number of tokens that a run keeps. `ends_unlearned`: whether its last
+    message has the weight 0."""
 
     input_ids: list[int]
     labels: list[int]
     max_tokens: int
+    ends_unlearned: bool = False
 
     def runs(self) -> Iterator[range]:
         """Yields the ranges of consecutive learned tokens, up to the cut."""
@@ -39,7 +41,8 @@ def ends_are_trained(template: ChatTemplate, marked: Marked) -> bool:
 
     runs, length = list(marked.runs()), min(marked.max_tokens, len(marked.labels))
     if marked.labels[0] != IGNORED:  # prompts are learned too, so a run ends where an answer of weight 0 begins
-        runs = [run for run in runs if run.stop == length]
+        is_whole = length == len(marked.labels)
+        runs = [] if is_whole and marked.ends_unlearned else [run for run in runs if run.stop == length]
     return all(map(ends, runs))
 
 

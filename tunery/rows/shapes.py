@@ -5,6 +5,7 @@ not recognised.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from tunery.rows import conversations, keys, pairs
@@ -34,6 +35,8 @@ _BESIDE_TEXT = frozenset({*_ANSWERS, *_LABELS, *_CLASSES})
 _BY_HAND = "in the job's 'columns'."
 _OF_CHATS = frozenset({"messages", "tools", "functions", "parallel_tool_calls"})
 """Keys that are read by this spelling."""
+_TEXTS = frozenset({"user", "assistant", "text", "preferred", "dispreferred"})
+"""Parts that are a text, also an empty one. An empty cell of a table is one; in other columns it counts as absent."""
 _PARTS = frozenset({*_QUESTIONS, *_BESIDE_TEXT, *_CONVERSATIONS, *_OF_CHATS, "text", "context"})
 
 
@@ -65,8 +68,10 @@ class FileShape:
         row = self.load(source)
         if self.shape is None:
             self.shape, self._first = self._detect(row, source), source.number
-        elif not self.shape.fits(row):
-            raise ValueError(self._differs(row))
+        if not self.shape.fits(row):
+            row |= self._empty_texts(source)
+            if not self.shape.fits(row):
+                raise ValueError(self._differs(row))
         used = self.shape.used(row)
         self.used |= used
         return row if self.shape.name == CHAT else self.shape.convert(row, used)
@@ -77,16 +82,43 @@ class FileShape:
         try:
             shape = detect(row)
         except ValueError as error:
-            if (reason := _lacks_values(row, empty, self.columns)) is not None:
-                raise ValueError(reason) from error
-            raise
+            if (filled := _fill(row, empty)) is None:
+                raise
+            return self._take_filled(filled, empty, source, error)
         if isinstance(shape, TextShape):
             # A text is no whole row where other rows have its answer or class.
             answers = {key: "" for key in empty if keys.name(key) in _BESIDE_TEXT}
             detect({**row, **answers})
-            if (reason := _lacks_values(row, answers, self.columns)) is not None:
-                raise ValueError(reason)
+            if (filled := _fill(row, answers)) is not None:
+                return self._take_filled(filled, answers, source)
         return shape
+
+    def _take_filled(
+        self, shape: Shape, empty: Mapping[str, str], source: SourceRow, cause: ValueError | None = None
+    ) -> Shape:
+        """Returns the shape of a row with values in its `empty` columns. Raises ValueError if it lacks one that cannot
+        be an empty text."""
+        missing = {part: key for part, key in shape.columns.items() if key in empty}
+        if source.is_table and missing.keys() <= _TEXTS:
+            return shape
+        raise ValueError(_lacks_value(shape, next(iter(missing.values())), self.columns)) from cause
+
+    def fill(self, source: SourceRow) -> SourceRow:
+        """Returns a row of a table with an empty text for each empty cell that is read as one; any other unchanged."""
+        if source.fields is None or not source.is_table:
+            return source
+        if self.shape is None:
+            with suppress(ValueError):
+                self.convert(source)
+        texts = {self.columns.get(key, key): text for key, text in self._empty_texts(source).items()}
+        return source._replace(fields={**source.fields, **texts})
+
+    def _empty_texts(self, source: SourceRow) -> dict[str, str]:
+        """Returns the texts of a row of a table that are empty cells."""
+        if not source.is_table or self.shape is None:
+            return {}
+        fields, texts = source.load(), [key for part, key in self.shape.columns.items() if part in _TEXTS]
+        return {key: "" for key in texts if fields.get(self.columns.get(key, key), "") is None}
 
     @property
     def name(self) -> str | None:
@@ -229,18 +261,19 @@ def _are_rows(value: Any) -> bool:
     return True
 
 
-def _lacks_values(row: Mapping[str, Any], empty: Mapping[str, str], columns: Mapping[str, str]) -> str | None:
-    """Returns which value is missing in a row that would have a shape with values in its empty columns, or None."""
+def _fill(row: Mapping[str, Any], empty: Mapping[str, str]) -> Shape | None:
+    """Returns the shape that a row would have with values in its empty columns; None if it would have none."""
     try:
         shape = detect({**row, **empty}) if empty else None
     except ValueError:
         return None
-    missing = [key for key in shape.columns.values() if key in empty] if shape is not None else []
-    if shape is None or not missing:
-        return None
+    return shape if shape is not None and not empty.keys().isdisjoint(shape.columns.values()) else None
+
+
+def _lacks_value(shape: Shape, missing: str, columns: Mapping[str, str]) -> str:
     return (
-        f"{_START}: the row is like those of {shape.name}, but has no value in "
-        f"'{columns.get(missing[0], missing[0])}'. Add it, remove the row, or name other columns {_BY_HAND}"
+        f"{_START}: the row is like those of {shape.name}, but has no value in '{columns.get(missing, missing)}'. Add "
+        f"it, remove the row, or name other columns {_BY_HAND}"
     )
 
 

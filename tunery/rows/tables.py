@@ -24,7 +24,7 @@ class _More(Exception):
 
 
 class TableParser:
-    """Reads records as they arrive; a quoted one may span several lines. An empty value counts as absent.
+    """Reads records as they arrive; a quoted one may span several lines. An empty value is null.
 
     Lines end with LF; CR before it is not part of a value. As in concatenated files, a byte order mark may begin any
     line, and the header may be repeated. Where a blank follows each separator of the header, as in `a, b`, those of the
@@ -172,7 +172,7 @@ def _row(number: int, columns: list[str], record: list[str] | csv.Error, line: i
     if any("\0" in value for value in record):
         return SourceRow(number, None, "a value has the character NUL, which cannot be stored. Remove it.", line)
     pairs = zip(columns, record, strict=True)
-    return SourceRow(number, {name: value or None for name, value in pairs if name}, None, line)
+    return SourceRow(number, {name: value or None for name, value in pairs if name}, None, line, is_table=True)
 
 
 def _begins(head: bytes, separators: str) -> bool:

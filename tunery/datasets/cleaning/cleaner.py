@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from tunery.datasets.cleaning import lines, plan, splits
-from tunery.datasets.cleaning.order import Cleaning, check_other
+from tunery.datasets.cleaning.lines import Line
+from tunery.datasets.cleaning.order import INVALID, Cleaning, check_other
 from tunery.datasets.cleaning.plan import Changed, Dropped, Plan
 from tunery.datasets.errors import NothingLeft
 from tunery.datasets.report import benchmark, length, maker, tokens
@@ -100,7 +101,7 @@ def clean(
     apart = splits.hold_out(left, fraction=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
     with ExitStack() as files:
         outputs = [_Output(files.enter_context(path.open("wb"))) for path in (target, held_out) if path is not None]
-        rows = _write(lines.read_lines(source), made, apart, outputs)
+        rows = _write(lines.read_lines(source, named_columns(order.columns)), made, apart, outputs)
     if unknown := [line for line in order.rows.drop if line > rows]:
         raise InvalidValue(
             param="rows.drop", reason=f"The file has {rows:,} rows, but no line {unknown[0]:,}. Correct 'rows'."
@@ -167,12 +168,14 @@ class _Output:
         return Written(self.rows, self._bytes, self._digest.hexdigest())
 
 
-def _write(numbered: Iterator[tuple[int, bytes]], made: Plan, apart: Collection[int], outputs: list[_Output]) -> int:
-    """Writes the remaining rows; returns how many the source has."""
+def _write(source: Iterator[Line], made: Plan, apart: Collection[int], outputs: list[_Output]) -> int:
+    """Writes the remaining rows, and drops those that cannot be written; returns how many the source has."""
     rows = 0
     fields: Mapping[int, dict[str, Any]] = made.fields
-    for number, line in numbered:
+    for number, line, fault in source:
         rows = number
+        if fault is not None:
+            made.drop(number, INVALID, fault)
         if number not in made.dropped:
             outputs[number in apart].write(lines.dump(fields[number]) if number in fields else line)
     return rows

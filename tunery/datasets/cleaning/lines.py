@@ -3,50 +3,45 @@
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunery.datasets.report.rows import chunks
-from tunery.rows import compression, readers
-from tunery.rows.compression import Expander
-from tunery.rows.formats import SourceRow
-from tunery.rows.jsonl import JSONL
+from tunery.rows import jsonl, readers
+from tunery.rows.formats import Format, SourceRow
 from tunery.rows.shapes import FileShape
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields each row's number and line, without the line end. Raises InvalidRows."""
-    if readers.identify(chunks(path)).startswith(JSONL.name):
-        yield from _split(path)
-    else:
-        yield from ((row.number, dump(row.fields)) for row in readers.read(chunks(path)) if row.fields is not None)
+class Line(NamedTuple):
+    """A row as a line of JSON Lines, without the line end; `fault`: why a row of another format has none."""
+
+    number: int
+    text: bytes
+    fault: str | None = None
+
+
+def read_lines(path: Path, columns: Mapping[str, str]) -> Iterator[Line]:
+    """Yields the line of each row; `columns`: see `FileShape`. Raises InvalidRows."""
+    reader, shape = readers.Reader(), FileShape(columns)
+    for chunk in chunks(path):
+        yield from (_line(row, reader.format, shape) for row in reader.feed(chunk))
+    yield from (_line(row, reader.format, shape) for row in reader.close())
+
+
+def _line(row: SourceRow, format: Format, shape: FileShape) -> Line:
+    if row.text is not None and format is jsonl.JSONL:
+        return Line(row.number, row.text.encode())
+    row = shape.fill(jsonl.parse(row))
+    return Line(row.number, b"" if row.fields is None else dump(row.fields), row.fault)
 
 
 def read_rows(path: Path, numbers: Collection[int], columns: Mapping[str, str]) -> Iterator[SourceRow]:
     """Yields the rows with these numbers, each with a shape of its own. Raises InvalidRows."""
-    chosen = (row for row in readers.read(chunks(path)) if row.number in numbers)
+    shape = FileShape(columns)
+    filled = map(shape.fill, readers.read(chunks(path)))
+    chosen = (row for row in filled if row.number in numbers)
     return (row._replace(shape=FileShape(columns)) for row in chosen)
 
 
 def dump(fields: dict[str, Any]) -> bytes:
     """Returns the line of a row. Values without a JSON type, such as dates in tables, are written as text."""
     return json.dumps(fields, ensure_ascii=False, default=str).encode()
-
-
-def _split(path: Path) -> Iterator[tuple[int, bytes]]:
-    number, rest = 0, b""
-    for piece in _expanded(path):
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            number += 1
-            if line.strip():  # blank lines follow the last row
-                yield number, line
-    if rest.strip():
-        yield number + 1, rest
-
-
-def _expanded(path: Path) -> Iterator[bytes]:
-    expander: Expander | None = None
-    for number, chunk in enumerate(chunks(path)):
-        kind = compression.recognise(chunk) if number == 0 else None
-        expander = Expander(kind) if kind is not None else expander
-        yield from (chunk,) if expander is None else expander.feed(chunk)
