@@ -75,6 +75,10 @@ def test_bad_answers_of_a_table_are_no_good_ones() -> None:
     assert f"has the key 'Label', which {JUDGES}" in refusal(f"Prompt,Completion,Label\n{rows}".encode())
 
 
+def test_two_columns_of_one_name_are_refused_though_one_is_empty() -> None:
+    assert "'Prompt' and 'prompt' are two spellings" in refusal(b"Prompt,prompt,completion\nq,,a\n,x,a\n")
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -78,6 +78,8 @@ class FileShape:
 
     def _detect(self, row: dict[str, Any], source: SourceRow) -> Shape:
         read = self.columns or source.load()
+        if source.is_table and not self.columns:
+            _refuse_twins(read)  # also of columns that are empty here
         empty = {key: "" for key in read if key not in row}
         try:
             shape = detect(row)
