@@ -117,6 +117,10 @@ def test_empty_answers(answer: str) -> None:
         ("call (415) 555-2671 now", "a phone number"),
         ("call +44 7700 900738 now", "a phone number"),
         ("card 4111 1111 1111 1111, please", "a card number"),
+        ("card 4111 1111 1111 1111 12/27 123", "a card number"),
+        ("card 4111 1111 1111 1111 0327 123", "a card number"),
+        ("on 2026-05-01 4111 1111 1111 1111 was charged", "a card number"),
+        ("no 12 4111-1111-1111-1111", "a card number"),
         ("pay GB82 WEST 1234 5698 7654 32 TODAY", "an account number"),
         ("card 4111\u00a01111\u00a01111\u00a01111, please", "a card number"),
         ("pay gb82 west 1234 5698 7654 32 today", "an account number"),
@@ -131,6 +135,9 @@ def test_empty_answers(answer: str) -> None:
         ("key AKIAIOSFODNN7EXAMPLQ is set", "a key or password"),
         (f"token ghp_{'a1B2' * 9}", "a key or password"),
         ("-----BEGIN RSA PRIVATE KEY-----", "a key or password"),
+        ("Bearer abcdef0123456789abcdef0123456789", "a key or password"),
+        ("curl -H 'Authorization: Bearer abcdef0123456789abcdef0123456789'", "a key or password"),
+        ('{"Authorization": "Basic dXNlcjE6cGFzc3dvcmQx"}', "a key or password"),
     ],
 )
 def test_personal_data(text: str, kind: str) -> None:
@@ -143,6 +150,13 @@ def test_personal_data(text: str, kind: str) -> None:
         "from 2016-2017 to 1999",
         "3.14159265358979",
         "4111 1111 1111 1112 is no card, nor is 0000000000000000",
+        "IBAN DE89 3704 0044 0532 0130 01",
+        "de89-3704-0044-0532-0130-01",
+        "IBAN GB82 NWBK 4111 1111 1111 1111",
+        "groups 1234 4111 1111 1111 1111 and 4111 1111 1111 1111 2222 3333",
+        "Authorization: Bearer YOUR_TOKEN_1234567890 or Bearer xxxxxxxxxxxxxxx1234",
+        "Bearer settings.api_token_v2 or Bearer create_token_1234(user)",
+        "the bearer of this letter is a friend",
         "1234567890123 and 100 + 200 = 300",
         "def some_long_function_name_with_words(argument): return 1",
         "GB00WEST12345698765432",
@@ -188,6 +202,14 @@ def test_an_address_after_a_long_run_of_letters() -> None:
     text = f"{'0123456789abcdef' * 20_000}@example.org"
     (place,) = privacy.places_in(text)
     assert text[place.begin : place.end] == f"{('0123456789abcdef' * 20_000)[-64:]}@example.org"
+
+
+@pytest.mark.parametrize(
+    "part", ["Bearer ", "Authorization: ", "authorization:\t", "bearer a1", "4111 ", "4111-", "DE89 3704 ", "12 / "]
+)
+def test_parts_of_keys_and_cards_in_a_long_run(part: str) -> None:
+    """The time grows with a text's length, not with the square of it."""
+    assert list(privacy.places_in(part * 50_000)) == []
 
 
 def test_names_of_keys_in_a_long_run() -> None:

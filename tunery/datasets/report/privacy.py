@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from tunery.datasets.report.case import Case, Finding
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
-_CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
+_CARD = re.compile(
+    r"(?<![\w.,-])(?<!\b[A-Za-z]{2}\d\d[ -])(?<!\b[A-Z]{2}\d\d[ -][A-Z]{4}[ -])(?<!(?<![\w/.-])\d{4}[ -])"
+    r"[3-6]\d{3}(?:(?![ -]\d\d ?/ ?\d\d)[ -]?\d){9,15}(?![\w-]|[.,]\d)(?!(?:[ -]\d{4}){2}(?!\d))"
+)
+"""Not inside a longer run of groups, such as an account number; `12/27` after it is not a part of it."""
 _IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z\d]){11,30}\b")
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
 _NUMBER = re.compile(r"[+\d][\d\s()./\u2010-\u2013-]{5,}\d")
@@ -49,6 +53,12 @@ _NAMED_KEY = re.compile(
     re.IGNORECASE,
 )
 """A long value after a name such as `api_key`."""
+_SENT_KEY = re.compile(
+    r"(?:\bbearer|\bauthorization[\"']?[ \t]*[:=][ \t]*[\"'`]?(?:bearer|basic|token))"
+    r"[ \t]+(?P<quote>[\"'`\u201c])?(?P<key>[A-Za-z0-9_+/=.~-]{16,}+)",
+    re.IGNORECASE,
+)
+"""What a request's header says: `Bearer ...`, `Authorization: Basic ...`."""
 _MADE_UP = re.compile(r"your|example|xxx", re.IGNORECASE)
 _NAME_IN_CODE = re.compile(r"[A-Za-z]+\d{0,4}(?:[._](?:[A-Za-z]+\d{0,4}|\d{1,4}))+")
 """Words with dots or underscores between, such as `settings.api_key_v2`."""
@@ -145,7 +155,8 @@ _DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _
 def _secrets_of(line: str) -> Iterator[tuple[int, int]]:
     """Yields the begin and end of each secret in a line or a part of one."""
     yield from (match.span() for match in _MORE_KEYS.finditer(line))
-    yield from (match.span("key") for match in _NAMED_KEY.finditer(line) if _is_key(match))
+    for pattern in (_NAMED_KEY, _SENT_KEY):
+        yield from (match.span("key") for match in pattern.finditer(line) if _is_key(match))
     for detector in _DETECTORS:
         if any(True for _ in detector.analyze_string(line)):
             # What the detector gives back is a group of its pattern, for some keys their first letters alone.
