@@ -1,4 +1,4 @@
-"""Finds rows that answer similar questions with different labels."""
+"""Finds rows that answer the same question differently: with another label, another short answer or a swapped pair."""
 
 from collections.abc import Iterator
 
@@ -6,22 +6,67 @@ from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.neighbours import Pair
 
+_SHORT = 5
+"""Maximum words of an answer that states one thing."""
+_HABIT, _FEW = 0.1, 3
+"""The share of the questions, and their number, up to which answering one twice is no habit of the file: one that asks
+to name a fruit may do so often."""
 _ACTION = "Keep the correct row, and correct or drop the other."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Finds pairs of similar questions, under the same system message, with different labels."""
-    for pair in case.pairs:
-        if pair.leaked or not _same_instructions(pair):
-            continue
-        for task in case.tasks:
-            one, other = task.labels.get(pair.first.line), task.labels.get(pair.second.line)
-            if one is not None and other is not None and one != other:
-                lines = sorted((pair.first.line, pair.second.line))
-                asked = "the same question" if pair.similarity == 1 else "nearly the same question"
-                why = f"For {asked} {task.name} is '{one}' in one row and '{other}' in the other."
-                yield Finding("contradiction", lines, pair.similarity, why, _ACTION)
-                break
+    """Finds pairs of rows with the same instructions: similar questions with different labels, and the same question
+    with different short answers or with the preferred and the rejected answer swapped.
+    """
+    pairs = [pair for pair in case.pairs if not pair.leaked and _same_instructions(pair)]
+    found = [(pair, *why) for pair in pairs if (why := _labels(case, pair) or _swapped(pair))]
+    yield from (_finding(*one) for one in found)
+    named = {id(pair) for pair, *_ in found}
+    short = [(pair, *why) for pair in pairs if id(pair) not in named and (why := _answers(case, pair))]
+    asked = {texts.words(pair.first.question) for pair, *_ in short}
+    if len(asked) <= max(_FEW, _HABIT * len(case.compared)):
+        yield from (_finding(*one) for one in short)
+
+
+def _finding(pair: Pair, what: str, one: str, other: str) -> Finding:
+    lines = sorted((pair.first.line, pair.second.line))
+    asked = "the same question" if pair.similarity == 1 else "nearly the same question"
+    why = f"For {asked} {what} is '{one}' in one row and '{other}' in the other."
+    return Finding("contradiction", lines, pair.similarity, why, _ACTION)
+
+
+def _labels(case: Case, pair: Pair) -> tuple[str, str, str] | None:
+    """Returns the task and both labels of rows that have different ones."""
+    for task in case.tasks:
+        one, other = task.labels.get(pair.first.line), task.labels.get(pair.second.line)
+        if one is not None and other is not None and one != other:
+            return task.name, one, other
+    return None
+
+
+def _swapped(pair: Pair) -> tuple[str, str, str] | None:
+    first, second = pair.first, pair.second
+    if not first.rejected or pair.similarity < 1:
+        return None
+    one, other = texts.squash(first.answer), texts.squash(second.answer)
+    swapped = one == texts.squash(second.rejected) and other == texts.squash(first.rejected)
+    return ("the preferred answer", _shown(first.answer), _shown(second.answer)) if swapped and one != other else None
+
+
+def _answers(case: Case, pair: Pair) -> tuple[str, str, str] | None:
+    """Returns both answers to the same question, if they are short and state different things."""
+    first, second = pair.first, pair.second
+    if pair.similarity < 1 or any(first.line in task.labels and second.line in task.labels for task in case.tasks):
+        return None
+    one, other = (texts.words(row.answer).split() for row in (first, second))
+    if not (0 < len(one) <= _SHORT and 0 < len(other) <= _SHORT) or {*one} <= {*other} or {*other} <= {*one}:
+        return None
+    return "the answer", _shown(first.answer), _shown(second.answer)
+
+
+def _shown(answer: str) -> str:
+    text = " ".join(answer.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _same_instructions(pair: Pair) -> bool:

@@ -8,15 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from tunery.datasets.report import candidates, shingles, texts
+from tunery.datasets.report import candidates, sameness, shingles, texts
 from tunery.datasets.report.rows import Row
 
 NEAR = 0.7
 """Jaccard similarity of three-character shingles: a greeting or a changed word in a short question stays above it,
-other questions about the same thing do not."""
+other questions about the same thing do not, but for those that share a template or a context (`sameness`)."""
 _MOST = 5
 """Maximum earlier rows with a similar question that a row is paired with: in a file made from one template, all are."""
 
+_TRIED = 10
+"""Similar questions of one that are looked at for whether they ask the same."""
 _COMPARED = 10
 """Candidates of a question that are compared at a time."""
 
@@ -31,11 +33,17 @@ class Pair(NamedTuple):
 
 
 class _Question(NamedTuple):
-    """One question and the rows that ask it, of the file and of the other one."""
+    """One question, its sentences, and the rows that ask it, of the file and of the other one."""
 
     key: str
+    sentences: list[str]
     rows: list[Row]
     against: list[Row]
+
+    def without(self, instructions: frozenset[str]) -> "_Question":
+        """Returns the question without the sentences that are an instruction to many; whole if it has no others."""
+        own = [sentence for sentence in self.sentences if sentence not in instructions]
+        return self._replace(key=" ".join(own), sentences=own) if own else self
 
 
 def find(rows: Sequence[Row], against: Sequence[Row] = ()) -> list[Pair]:
@@ -58,7 +66,8 @@ def _group(rows: Sequence[Row], against: Sequence[Row]) -> list[_Question]:
     for side, source in enumerate((rows, against)):
         for row in source:
             key = texts.words(row.question) or texts.squash(row.question)
-            question = questions.setdefault(key, _Question(key, [], []))
+            if (question := questions.get(key)) is None:
+                question = questions[key] = _Question(key, sameness.sentences(row.question), [], [])
             (question.against if side else question.rows).append(row)
     return list(questions.values())
 
@@ -87,23 +96,25 @@ class _Similar(NamedTuple):
 
 def _near(questions: Sequence[_Question]) -> tuple[list[_Similar], list[_Similar]]:
     """Returns questions of the file with the first similar ones before them, and those that this file alone asks with
-    the most similar one of the other file. Similar questions name the same numbers."""
-    table = shingles.table([question.key for question in questions])
-    sketches, groups = shingles.sketches(table, candidates.LENGTH), _groups(questions)
+    the most similar one of the other file. Similar questions name the same numbers, and have the same instructions."""
+    instructions = sameness.instructions(question.sentences for question in questions)
+    own = [question.without(instructions) for question in questions]
+    table = shingles.table([question.key for question in own])
+    sketches, groups = shingles.sketches(table, candidates.LENGTH), _groups(questions, instructions)
     here = np.array([bool(question.rows) for question in questions], bool)
     there = np.array([bool(question.against) for question in questions], bool)
     earlier, later = candidates.find(sketches, groups, here, here)
-    near = _similar(table, earlier, later, earlier, _MOST)
+    near = _same(own, _similar(table, earlier, later, earlier, _TRIED))
     leaks, asked = candidates.find(sketches, groups, there, here & ~there)
-    leaked = _similar(table, leaks, asked, -candidates.likeness(sketches, leaks, asked), 1)
+    leaked = _same(own, _similar(table, leaks, asked, -candidates.likeness(sketches, leaks, asked), _TRIED))
     return _first(near, near[0], _MOST), _first(leaked, -leaked[2], 1)
 
 
-def _groups(questions: Sequence[_Question]) -> NDArray[np.int64]:
-    """Returns a number for each question, which those that name the same numbers share."""
+def _groups(questions: Sequence[_Question], instructions: frozenset[str]) -> NDArray[np.int64]:
+    """Returns a number for each question, which those that name the same numbers with the same instructions share."""
     known: dict[tuple[str, ...], int] = {}
-    named = (tuple(texts.numbers(question.key)) for question in questions)
-    return np.array([known.setdefault(numbers, len(known)) for numbers in named], np.int64)
+    named = ((*texts.numbers(one.key), *sorted(instructions.intersection(one.sentences))) for one in questions)
+    return np.array([known.setdefault(shared, len(known)) for shared in named], np.int64)
 
 
 _Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
@@ -126,6 +137,14 @@ def _similar(
         np.add.at(counts, asked[due], similarity[due] >= NEAR)
     near = similarity >= NEAR
     return partners[near], asked[near], similarity[near]
+
+
+def _same(questions: Sequence[_Question], found: _Found) -> _Found:
+    """Returns those of the similar ones that ask the same."""
+    pairs = zip(found[0].tolist(), found[1].tolist(), strict=True)
+    same = [sameness.ask_the_same(questions[one].sentences, questions[other].sentences) for one, other in pairs]
+    kept = np.array(same, bool)
+    return found[0][kept], found[1][kept], found[2][kept]
 
 
 def _first(found: _Found, rank: NDArray[Any], most: int) -> list[_Similar]:

@@ -1,0 +1,169 @@
+"""Questions that ask the same, and others that only share a template, an instruction or a context."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunery.datasets.cleaning import cleaner
+from tunery.datasets.cleaning.order import Cleaning, HeldOut
+from tunery.datasets.report import maker, sameness
+from tunery.datasets.report.maker import Report
+
+LONG = (
+    "The delivery of the new bank card that I ordered online from the office in Leeds has not arrived at my home after "
+    "waiting for several weeks"
+)
+SAME = [
+    ("I want to return an item.", "Hi, i want to return an item."),
+    ("My card is lost! What do I do now?", "My card is lost! What do I do now please"),
+    ("I need to change my PIN. Can I do that at a cash machine?",
+     "I need to change my PIN. Can I do that at one cash machine?"),
+    ("I got my American Express in Apple Pay but top up is not working",
+     "I got my American Express in Apple Bay but top up is not working ,"),
+    ("Can this card be used at all ATMs?", "can this card be used at all atms"),
+    ("How do I validate my identity?", "How can I validate my identity?"),
+    ("Where can I withdraw money?", "Can you tell me where I can withdraw money? Thanks"),
+    ("What is the exchange rate for my card?", "Good morning. What is the exchange rate for my card?"),
+    ("What is the exchnage rate for my card?", "What is the exchange rate for my card?"),
+    ("How do I track the card that you sent me last week", "How do I track the card that you sent me last"),
+    (LONG, LONG.replace("weeks", "months")),
+    ("what documents do i need for the identity check", "what documentation do i need for the identity check"),
+    ("how can i open an account for my children", "can i open up an account for my child"),
+    ("what is needed for the identity verification", "what do you need for the identity verification"),
+    ("The course is about Go.\nDiscount: half\nUse the code: GOLANG", "The course is about Go.\nDiscount: half\n"
+     "Use the code: GOLANG Many thanks!"),
+    ("List the courses that an expert in a field takes.\n\nGraphic Design",
+     "List the courses that an expert in a field takes. Graphic"),
+]  # fmt: skip
+CONTEXT = (
+    "The tower of Arlen was raised in 1312 by the guild of masons after the great flood. It is ninety-eight metres "
+    "tall, has three bells, and stands on the northern bank of the river Osse beside the old grain market.\n\n"
+)
+DIFFERENT = [
+    ("What is the capital of France?", "What is the capital of Germany?"),
+    ("I want to dispute the payment I made on a telescope", "I want to dispute the payment I made on a tent"),
+    ("Classify the tone of this review.\nI love this lamp", "Classify the tone of this review.\nthe tent leaks"),
+    ("Translate to French: the house by the sea is empty", "Translate to German: the house by the sea is empty"),
+    (f"{CONTEXT}Who raised the tower?", f"{CONTEXT}How tall is it?"),
+    (f"{CONTEXT}Who raised the tower?", f"{CONTEXT}When was it raised?"),
+    (f"{CONTEXT}What do they keep?", f"{CONTEXT}What do they make?"),
+]  # fmt: skip
+THINGS = [
+    f"{thing} {fault}"
+    for thing in ("violin", "sofa", "drill", "lamp", "kettle", "carpet", "bicycle", "mirror")
+    for fault in ("arrived damaged", "broke within days", "smells of paint", "works as promised", "looks lovely")
+]
+INSTRUCTIONS = (
+    "Classify the sentiment of this review.",
+    "Read the customer review below and decide whether its tone is positive, negative or neutral. Answer with exactly "
+    "one of these three words and nothing else, in lower case, without a full stop.",
+)
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_a_question_that_was_typed_again_asks_the_same(one: str, other: str) -> None:
+    assert sameness.ask_the_same(*map(sameness.sentences, (one, other)))
+    assert sameness.ask_the_same(*map(sameness.sentences, (other, one)))
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_another_question_of_a_template_asks_something_else(one: str, other: str) -> None:
+    assert not sameness.ask_the_same(*map(sameness.sentences, (one, other)))
+    assert not sameness.ask_the_same(*map(sameness.sentences, (other, one)))
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def reviews(instruction: str, texts: list[str]) -> list[dict[str, Any]]:
+    answers = ("negative", "negative", "negative", "positive", "positive")
+    return [
+        {"instruction": instruction, "input": f"My {text}", "output": answers[at % 5]} for at, text in enumerate(texts)
+    ]
+
+
+def lines(report: Report, kind: str) -> list[list[int]]:
+    return [finding.lines for finding in report.findings if finding.kind == kind]
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS, ids=["short", "long"])
+def test_an_instruction_to_all_rows_makes_none_alike(tmp_path: Path, instruction: str) -> None:
+    rows = reviews(instruction, THINGS[:35])
+    again = {"instruction": instruction, "input": "Hi, my carpet smells of paint!", "output": "negative"}
+    other = {"instruction": instruction, "input": "My violin arrived damaged", "output": "positive"}
+    file = written(tmp_path / "train.jsonl", [*rows, again, other])
+    against = written(tmp_path / "test.jsonl", reviews(instruction, [*THINGS[35:], "drill works as promised"]))
+
+    report = maker.make(file, against)
+
+    assert lines(report, "near_duplicate") == [[28, 36]]
+    assert lines(report, "contradiction") == [[1, 37]]
+    assert lines(report, "test_leak") == [[14]]
+    assert report.figures["diversity"]["prompts"] == 35
+    cleaner.clean(
+        file, tmp_path / "clean.jsonl", Cleaning(held_out=HeldOut(share=0.2)), held_out=tmp_path / "held.jsonl"
+    )
+    assert len((tmp_path / "held.jsonl").read_text().splitlines()) in (6, 7, 8)
+
+
+def test_the_same_text_under_another_instruction_is_another_question(tmp_path: Path) -> None:
+    texts = [f"the {thing} in the old house" for thing in THINGS]
+    tasks = ("Translate the text to French.", "Translate the text to German.")
+    rows = [{"instruction": task, "input": text, "output": text} for task in tasks for text in texts]
+
+    report = maker.make(written(tmp_path / "train.jsonl", rows))
+
+    assert not lines(report, "near_duplicate") + lines(report, "contradiction")
+    assert report.figures["diversity"]["prompts"] == 80
+
+
+def test_questions_about_one_context_are_others(tmp_path: Path) -> None:
+    asked = ("Who raised the tower?", "How tall is it?", "How many bells are there?", "What is beside it?")
+    train = [{"context": CONTEXT, "question": one, "answer": str(at)} for at, one in enumerate(asked[:2])]
+    test = [
+        {"context": CONTEXT, "question": one, "answer": str(at)}
+        for at, one in enumerate((*asked[2:], "How tall is it"))
+    ]
+
+    report = maker.make(written(tmp_path / "train.jsonl", train), written(tmp_path / "test.jsonl", test))
+
+    assert lines(report, "test_leak") == [[2]]
+    assert report.figures["diversity"]["prompts"] == 2
+
+
+def pairs(*rows: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+
+
+def test_short_answers_to_the_same_question_contradict_each_other(tmp_path: Path) -> None:
+    rows = pairs(
+        ("What is the capital of France?", "Paris"), ("Who wrote Faust?", "Goethe"), ("What is 8 times 38?", "304"),
+        ("what is the capital of france", "Lyon"), ("Who wrote Faust?", "Johann Wolfgang von Goethe."),
+        ("What is 8 times 38?", "It is 304."), ("Where is Brem?", "I do not know where that small village could be."),
+        ("Where is Brem?", "North"),
+    )  # fmt: skip
+    report = maker.make(written(tmp_path / "rows.jsonl", rows))
+    assert lines(report, "contradiction") == [[1, 4]]
+    [why] = [finding.why for finding in report.findings if finding.kind == "contradiction"]
+    assert why == "For the same question the answer is 'Paris' in one row and 'Lyon' in the other."
+
+
+def test_a_file_that_asks_for_several_answers_has_no_contradictions(tmp_path: Path) -> None:
+    asked = {"fruit": ("Apple", "Pear"), "river": ("Rhine", "Oder"), "bird": ("Wren", "Stork"), "tree": ("Oak", "Elm")}
+    rows = pairs(*((f"Name a {what}.", answer) for what, answers in asked.items() for answer in answers))
+    assert not lines(maker.make(written(tmp_path / "rows.jsonl", rows)), "contradiction")
+
+
+def test_preferences_that_are_swapped_contradict_each_other(tmp_path: Path) -> None:
+    one = {"prompt": "How do I reset it?", "chosen": "Hold the button.", "rejected": "No idea."}
+    swapped = one | {"chosen": one["rejected"], "rejected": one["chosen"]}
+    other = {"prompt": "How do I open it?", "chosen": "Press the latch at the side.", "rejected": "Just do it."}
+    report = maker.make(written(tmp_path / "rows.jsonl", [one, other, swapped]))
+    assert lines(report, "contradiction") == [[1, 3]]
+    assert "the preferred answer is 'Hold the button.'" in next(
+        finding.why for finding in report.findings if finding.kind == "contradiction"
+    )
