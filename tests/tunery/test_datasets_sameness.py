@@ -27,6 +27,7 @@ SAME = [
     ("Where can I withdraw money?", "Can you tell me where I can withdraw money? Thanks"),
     ("What is the exchange rate for my card?", "Good morning. What is the exchange rate for my card?"),
     ("What is the exchnage rate for my card?", "What is the exchange rate for my card?"),
+    ("When will the new crad be sent?", "When will the new card be sent?"),
     ("How do I track the card that you sent me last week", "How do I track the card that you sent me last"),
     (LONG, LONG.replace("weeks", "months")),
     ("what documents do i need for the identity check", "what documentation do i need for the identity check"),
