@@ -59,6 +59,11 @@ FILES = {
     "TSV": table(ROWS, "\t"),
     "Parquet": columns(ROWS),
     "arrays joined": json.dumps(ROWS[:2]).encode() + b"\n\xef\xbb\xbf" + json.dumps(ROWS[2:]).encode(),
+    "array with two marks": b"\xef\xbb\xbf" * 2 + json.dumps(ROWS).encode(),
+    "CSV with two marks": b"\xef\xbb\xbf" * 2 + table(ROWS),
+    "JSONL with two marks": b"\xef\xbb\xbf" * 2 + jsonl(ROWS),
+    "JSONL joined on a line": jsonl(ROWS[:2])[:-1] + b"\xef\xbb\xbf" + jsonl(ROWS[2:]),
+    "JSONL joined by a mark and a line": jsonl(ROWS[:2])[:-1] + b"\xef\xbb\xbf\r\n" + jsonl(ROWS[2:]),
     "CSV joined": table(ROWS[:2]) + b"\xef\xbb\xbf" + table(ROWS[2:]),
 }
 PACKED = {
@@ -89,6 +94,19 @@ def test_rows_equal_those_of_json_lines(name: str, packed: str) -> None:
 def test_a_single_column_may_be_a_whole_row(column: str) -> None:
     for header in (column, f'"{column}"'):
         assert read(f'{header}\n"a ""b"""\n'.encode()) == [(1, {column: 'a "b"'})]
+
+
+def test_rows_that_share_a_line_have_a_number_each() -> None:
+    data = '{"a": 1}\n{"a": "}\ufeff{"}\ufeff {"a": 3}\n{"a": }\n'.encode()
+    rows = list(readers.read([data]))
+    assert [(row.number, row.line or row.number, row.fields) for row in rows] == [
+        (1, 1, {"a": 1}),
+        (2, 2, {"a": "}\ufeff{"}),
+        (3, 2, {"a": 3}),
+        (4, 3, None),
+    ]
+    broken = list(readers.read(['{"a": 1}\ufeff{"a": 1} x'.encode()]))[1]
+    assert "there is text after the JSON object" in str(broken.fault)
 
 
 def test_lines_are_those_of_the_file_below_what_is_above_the_header() -> None:
@@ -150,7 +168,15 @@ BROKEN = {
     "header alone": (b"a,b\n", "the file has a header but no rows."),
     "header twice": (b"a,a\n1,2\n", "two columns have the name 'a'."),
     "wide table": (b",".join(b"c%d" % n for n in range(5000)) + b"\n", "the table has 5000 columns, more than 1000."),
-    "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "is not UTF-8. Save the file as UTF-8. (line 3 of the file)"),
+    "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "Row 2: is not UTF-8. Save the file as UTF-8. (line 3 of the file)"),
+    "CSV record not in UTF-8": (b'a,b\n1,2\n"x\n\xff",3\n', "Row 2: is not UTF-8. Save the file as UTF-8. (line 4"),
+    "second row of an array not in UTF-8": (
+        b'[{"a": 1},\n{"a": "\xff"}]',
+        "Row 2: the file is not UTF-8 (byte 19). Save it as UTF-8. (line 2 of the file)",
+    ),
+    "NUL bytes": (b"\0" * 99, "Line 1: the file begins with NUL bytes alone"),
+    "NUL bytes in gzip": (gzip.compress(b"\0" * 99), "Line 1: the file begins with NUL bytes alone"),
+    "UTF-16": ("{}".encode("utf-16-le"), "the file is in UTF-16 or UTF-32."),
     "wide Parquet": (WIDE, "the table has 5000 columns, more than 1000."),
     "Parquet with a column twice": (
         names_twice(("prompt", "completion", "completion"), ("content",)),
@@ -166,7 +192,7 @@ BROKEN = {
     "gzip and more": (gzip.compress(b"{}\n") + b"{}", "is followed by uncompressed data."),
     "gzip twice": (gzip.compress(gzip.compress(b"{}\n")), "the file is compressed with gzip twice."),
     "gzip of nothing": (gzip.compress(b""), "the file is empty."),
-    "gzip bomb": (gzip.compress(b"\0" * 200 * MIB), "Line 1: the file is in UTF-16 or UTF-32."),
+    "gzip bomb": (gzip.compress(b"\0" * 200 * MIB), "Line 1: the file begins with NUL bytes alone"),
     "bomb of blanks": (gzip.compress(b"[" + b" " * 100 * MIB), "expands to more than 200 times its size."),
 }
 

@@ -2,6 +2,7 @@
 
 import re
 
+BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 512
 
 _DECOMPRESS = "is compressed with {kind}. Decompress it, or compress it with gzip or zstd."
@@ -41,10 +42,17 @@ _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _LIST_OF_MESSAGES = re.compile(rb'\[\s*\{\s*"(?:role|content)"\s*:')
 
 
+def unmark(data: bytes) -> bytes:
+    """Returns data without the byte order marks before it; joined files may have several."""
+    while data.startswith(BOM):
+        data = data.removeprefix(BOM)
+    return data
+
+
 def recognise(first_line: bytes) -> str | None:
     """Returns what the file is and what to do about it, as the end of a sentence; None for what may be JSON Lines.
 
-    `first_line`: the file's first line without UTF-8's byte order mark, or as much of it as there is.
+    `first_line`: the file's first line without UTF-8's byte order marks, or as much of it as there is.
     """
     head = first_line[:_HEAD_BYTES]
     return _binary(head) or _text(head.lstrip())
@@ -79,6 +87,8 @@ def _binary(head: bytes) -> str | None:
         return "is a tar archive. Unpack it and send the file inside."
     if b"\x00" not in head[:8]:
         return None
+    if not head.strip(b"\x00"):
+        return "begins with NUL bytes alone, as one does that was not copied to its end. Send it again."
     # Text in UTF-16 or UTF-32 without a byte order mark has a NUL beside each character of its JSON.
     wide = _WIDE_TEXT.fullmatch(head[:8])
     return _UTF8.format(kind="UTF-16 or UTF-32") if wide else _CONVERT.format(kind="a binary file")

@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from tunery.rows import containers
 from tunery.rows.errors import InvalidRows
 from tunery.rows.formats import Format, SourceRow
-from tunery.rows.jsonl import MAX_LINE_BYTES
+from tunery.rows.jsonl import ENDS, MAX_LINE_BYTES
 
 _BLANK = " \t\r\n\ufeff"
 _BLANKS = re.compile(f"[{_BLANK}]*")
 _LONGEST_WORD = len("-Infinity")
-_BOM = b"\xef\xbb\xbf"
-# This decoder only finds an element's end, so it converts no numbers: `jsonl.parse` checks them, as in JSON Lines.
-_ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
 class JsonArrayParser:
@@ -28,17 +25,23 @@ class JsonArrayParser:
         self._number, self._line, self._bytes = 0, 1, 0
         self._expects = "["
         self._next_try = 0
+        self._broken_at: int | None = None
+        """The first byte, from 1, that is not UTF-8."""
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
         """Yields the rows that `chunk` completes. Raises InvalidRows."""
         self._decode(chunk)
-        if len(self._text) >= self._next_try:  # else a long element would be parsed again with every small chunk
+        if (
+            self._broken_at or len(self._text) >= self._next_try
+        ):  # else a long element would be parsed again with every small chunk
             yield from self._rows(ended=False)
+        self._refuse_broken()
 
     def close(self) -> Iterator[SourceRow]:
         """Yields the remaining rows. Raises InvalidRows if the array is not closed."""
         self._decode(b"", final=True)
-        yield from self._rows(ended=True)
+        yield from self._rows(ended=self._broken_at is None)
+        self._refuse_broken()
         if self._expects != "[":
             raise self._refuse("the array has no end: a ']' is missing. Check that the file is complete.")
         if not self._number:
@@ -48,9 +51,15 @@ class JsonArrayParser:
         try:
             self._text += self._decoder.decode(chunk, final)
         except UnicodeDecodeError as error:
-            place = self._bytes - len(self._decoder.getstate()[0]) + error.start + 1
-            raise self._refuse(f"the file is not UTF-8 (byte {place}). Save it as UTF-8.") from None
+            self._broken_at = self._bytes - len(self._decoder.getstate()[0]) + error.start + 1
+            self._text += error.object[: error.start].decode()
         self._bytes += len(chunk)
+
+    def _refuse_broken(self) -> None:
+        """Raises InvalidRows after the rows before the first byte that is not UTF-8."""
+        if self._broken_at is not None:
+            self._line += self._text.count("\n", self._at)
+            raise self._refuse(f"the file is not UTF-8 (byte {self._broken_at}). Save it as UTF-8.", row=1)
 
     def _rows(self, *, ended: bool) -> Iterator[SourceRow]:
         while self._skip_blank():
@@ -97,7 +106,7 @@ class JsonArrayParser:
     def _find_end(self, *, ended: bool) -> int | None:
         """Returns where the element ends; None if more of the file is needed. Raises InvalidRows."""
         try:
-            end = _ENDS.raw_decode(self._text, self._at)[1]
+            end = ENDS.raw_decode(self._text, self._at)[1]
         except json.JSONDecodeError as error:
             if not ended and (len(self._text) - self._at <= MAX_LINE_BYTES or self._may_go_on(error)):
                 return None
@@ -125,7 +134,7 @@ class JsonArrayParser:
 
 
 def _is_array(head: bytes) -> bool:
-    head = head.removeprefix(_BOM).lstrip()
+    head = containers.unmark(head).lstrip()
     return head.startswith(b"[") and not containers.is_list_of_messages(head)
 
 

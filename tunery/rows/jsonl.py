@@ -1,25 +1,35 @@
 """Reads JSON Lines in constant memory, from chunks of any size."""
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from tunery.rows import containers, strict_json
 from tunery.rows.errors import InvalidJSONL, InvalidRows
 from tunery.rows.formats import Format, SourceRow
 
 MAX_LINE_BYTES = 4 * 2**20
-_BOM = b"\xef\xbb\xbf"
+_BOM = "\ufeff"
+_JOINED = re.compile(rf"\}}\s*{_BOM}")
+_BLANKS = re.compile(rf"[\s{_BOM}]*")
+# This decoder only finds a value's end, so it converts no numbers: `parse` checks them.
+ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
 class JsonlParser:
     """Splits chunks into lines, each a JSON object; refuses text that is not UTF-8, too long a line, and a blank line
     between rows.
 
-    A line ends with LF. CR before it, or between tokens, is white space as in JSON. A byte order mark may begin any
-    line, as in concatenated files. Blank lines may only follow the last row, so that a row's number is its line's.
+    A line ends with LF. CR before it, or between tokens, is white space as in JSON. Byte order marks may begin any
+    line, as in concatenated files, or stand between two objects of a line, where the first file had no LF at its end.
+    Blank lines may only follow the last row, so that a row's number is its line's, but for such joined lines.
     """
 
     def __init__(self) -> None:
         self._number = 0
+        self._joined = 0
+        """Rows that do not begin their line."""
         self._rest = bytearray()
         self._blank: int | None = None
         self._begun = False
@@ -30,13 +40,13 @@ class JsonlParser:
         self._rest += pieces[0]
         if len(pieces) > 1:
             pieces[0], self._rest = bytes(self._rest), bytearray(pieces.pop())
-            yield from filter(None, map(self._take, pieces))
+            yield from chain.from_iterable(map(self._take, pieces))
         self._check_length(self._rest)
 
     def close(self) -> Iterator[SourceRow]:
         """Yields the last line's row, if no newline ended it. Raises InvalidJSONL, also for a file without rows."""
         if self._rest:
-            yield from filter(None, [self._take(bytes(self._rest))])
+            yield from self._take(bytes(self._rest))
         if not self._begun:
             raise _fault(1, "the file is empty. Write one JSON object per line.")
 
@@ -46,31 +56,36 @@ class JsonlParser:
             limit = f"{MAX_LINE_BYTES // 2**20} MiB"
             raise _fault(self._number + 1, f"is longer than {limit}, which is the limit for one line.")
 
-    def _take(self, line: bytes) -> SourceRow | None:
-        """Returns a line's row, which is not parsed yet; None if the line is blank."""
+    def _take(self, line: bytes) -> Sequence[SourceRow]:
+        """Returns a line's rows, nearly always one, which are not parsed yet; none if the line is blank."""
         self._check_length(line)
         self._number += 1
         self._refuse_container(line, self._number)
         try:
-            text = line.removeprefix(_BOM).decode()
+            text = line.decode().lstrip(_BOM)
         except UnicodeDecodeError as error:
             raise _fault(self._number, f"is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from None
         if not text or text.isspace():
             self._blank = self._blank or self._number
-            return None
+            return ()
         if self._blank:
             raise _fault(self._blank, "is blank. Remove it: blank lines are allowed only at the end.")
         self._begun = True
-        return SourceRow(self._number, None, text=text)
+        texts: Sequence[str] = _split(text) if _BOM in text and _JOINED.search(text) else (text,)
+        first = self._number + self._joined
+        if first == self._number and len(texts) == 1:
+            return (SourceRow(first, None, text=texts[0]),)
+        self._joined += len(texts) - 1
+        return [SourceRow(first + place, None, line=self._number, text=text) for place, text in enumerate(texts)]
 
     def _refuse_container(self, line: bytes, number: int) -> None:
-        if not self._begun and (what := containers.recognise(line.removeprefix(_BOM))):
+        if not self._begun and (what := containers.recognise(containers.unmark(line))):
             raise _fault(number, f"the file {what}")
 
 
 JSONL = Format(
     name="JSONL",
-    recognises=lambda head: head.removeprefix(_BOM).lstrip().startswith(b"{"),
+    recognises=lambda head: containers.unmark(head).lstrip().startswith(b"{"),
     open=JsonlParser,
     error=InvalidJSONL,
 )
@@ -78,6 +93,31 @@ JSONL = Format(
 
 def _fault(line: int, reason: str) -> InvalidRows:
     return JSONL.refuse(line, reason)
+
+
+def _split(line: str) -> list[str]:
+    """Returns the objects of a line that byte order marks separate."""
+    found, place = [], _after_blanks(line, 0)
+    while place < len(line):
+        end = _find_end(line, place)
+        found.append(line[place:end])
+        place = _after_blanks(line, end)
+    return found
+
+
+def _find_end(line: str, place: int) -> int:
+    """Returns where the object ends if a byte order mark follows; else the line's end."""
+    try:
+        end = ENDS.raw_decode(line, place)[1]
+    except (json.JSONDecodeError, RecursionError):
+        return len(line)
+    return end if _BOM in line[end : _after_blanks(line, end)] else len(line)
+
+
+def _after_blanks(line: str, place: int) -> int:
+    found = _BLANKS.match(line, place)
+    assert found is not None, "no blanks match too"
+    return found.end()
 
 
 def parse(row: SourceRow) -> SourceRow:

@@ -26,7 +26,7 @@ class _More(Exception):
 class TableParser:
     """Reads records as they arrive; a quoted one may span several lines. An empty value is null.
 
-    Lines end with LF; CR before it is not part of a value. As in concatenated files, a byte order mark may begin any
+    Lines end with LF; CR before it is not part of a value. As in concatenated files, byte order marks may begin any
     line, and the header may be repeated. Where a blank follows each separator of the header, as in `a, b`, those of the
     records are not part of a value either.
     """
@@ -40,6 +40,8 @@ class TableParser:
         """Characters of `_lines`."""
         self._line, self._number = 1, 0
         self._next_try = 0
+        self._is_broken = False
+        """Whether the next line is not UTF-8."""
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
         """Yields the rows that `chunk` completes. Raises InvalidRows."""
@@ -49,9 +51,10 @@ class TableParser:
             self._cut()
             self._rest = bytearray()
             if (
-                self._waiting >= self._next_try or len(self._lines) > MOST_LINES
+                self._is_broken or self._waiting >= self._next_try or len(self._lines) > MOST_LINES
             ):  # else a long record would be parsed again with every chunk
                 yield from self._records(ended=False)
+            self._refuse_broken()
         self._rest += rest
         if len(self._rest) + self._waiting > MAX_LINE_BYTES:
             yield from self._records(ended=False)
@@ -61,22 +64,31 @@ class TableParser:
         """Yields the remaining rows. Raises InvalidRows, also for a table without rows."""
         if self._rest:
             self._cut()
-        yield from self._records(ended=True)
+        yield from self._records(ended=not self._is_broken)
+        self._refuse_broken()
         if self._columns is None:
             raise self._refuse("the file is empty. Write a header, and one record per row.")
         if not self._number:
             raise self._refuse("the file has a header but no rows.")
 
     def _cut(self) -> None:
-        """Splits off the complete lines, without CR, LF and byte order marks at their ends."""
+        """Splits off the complete lines that are UTF-8, without CR, LF and byte order marks at their ends."""
         try:
             text = self._rest.decode()
         except UnicodeDecodeError as error:
-            line = self._line + len(self._lines) + self._rest.count(b"\n", 0, error.start)
-            raise self._refuse("is not UTF-8. Save the file as UTF-8.", line=line) from None
+            self._is_broken = True
+            text = self._rest[: self._rest.rfind(b"\n", 0, error.start) + 1].decode()
+            if not text:
+                return
         lines = text.removesuffix("\n").split("\n")
-        self._lines += [line.rstrip("\r").removeprefix(_BOM) + "\n" for line in lines]
+        self._lines += [line.rstrip("\r").lstrip(_BOM) + "\n" for line in lines]
         self._waiting += len(text) + 1
+
+    def _refuse_broken(self) -> None:
+        """Raises InvalidRows after the rows before a line that is not UTF-8."""
+        if self._is_broken:
+            line = self._line + len(self._lines)
+            raise self._refuse("is not UTF-8. Save the file as UTF-8.", line=line)
 
     def _records(self, *, ended: bool) -> Iterator[SourceRow]:
         if self._columns is None:
@@ -176,7 +188,7 @@ def _row(number: int, columns: list[str], record: list[str] | csv.Error, line: i
 
 
 def _begins(head: bytes, separators: str) -> bool:
-    first_line = head.removeprefix(_BOM.encode()).lstrip(b"\r\n").split(b"\n", 1)[0]
+    first_line = containers.unmark(head).lstrip(b"\r\n").split(b"\n", 1)[0]
     sign = containers.separator(first_line)
     return sign is not None and sign in separators
 
