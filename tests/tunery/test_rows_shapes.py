@@ -241,6 +241,7 @@ def test_first_row_decides_for_the_file(first: dict[str, Any], second: dict[str,
         ([{"from": "narrator", "value": "x"}], "message 1 of 'conversations' has the unknown speaker 'narrator'"),
         ([{"value": "x"}], "message 1 of 'conversations' has no speaker"),
         (["x"], "message 1 of 'conversations' must be an object, not a string."),
+        ([{"from": "human", "value": {"a": 1}}], "message 1 of 'conversations' must have a text in 'value', not an"),
         ([{"from": "function_call", "value": "f(1)"}], "message 1 of 'conversations' 'function_call' must be a list"),
         ([{"from": "function_call", "value": "[1]"}], "message 1 of 'conversations' must be a call"),
         ([{"from": "human", "value": "q", "mood": "x"}], "message 1 has the unknown key 'mood'"),
@@ -252,6 +253,39 @@ def test_fault_of_a_conversation_names_its_message(turns: Any, reason: str) -> N
     with pytest.raises(InvalidTrainingFile) as refused:
         said(rows({"conversations": turns}))
     assert reason in refused.value.message
+
+
+def test_result_of_a_call_may_be_any_value() -> None:
+    for value, text in (({"é": 1}, '{"é": 1}'), ([1, 2], "[1, 2]"), (7, "7"), ("x", "x")):
+        turns = [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": {"name": "f", "arguments": {}}},
+            {"from": "observation", "value": value},
+            {"from": "gpt", "value": "a"},
+        ]
+        assert said(rows({"conversations": turns})) == [
+            [("user", "q"), ("assistant", None), ("tool", text), ("assistant", "a")]
+        ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "'prompt' must be a text or a list of messages, but is a"),
+        (
+            {"instruction": "q", "output": ["a", "b"]},
+            "'output' must be a text or a list of messages, but is a",
+        ),
+        ({"prompt": {"0": "a"}, "completion": {"0": "b"}}, "must be a text, not a column of texts."),
+        ({"text": ["a", "b"]}, "every value of the row ('text') is a list."),
+        ({"messages": [CHAT["messages"]]}, "'messages' is a list of conversations."),
+    ],
+)
+def test_a_table_by_its_columns_is_called_that(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidTrainingFile) as refused:
+        said(rows(row))
+    assert reason in refused.value.message
+    assert "write an object for each row" in refused.value.message
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,10 @@ PLAIN = read(row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[TOOL]
         row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[{"function": {"name": "f", "strict": None}}]),
         row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[{"type": None, "function": {"name": "f"}}]),
         row(USER, {"role": "assistant", "tool_calls": [CALL]}, functions=[{"name": "f", "parameters": None}]),
+        row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[json.dumps(TOOL)]),
+        row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[json.dumps({"name": "f"})]),
+        row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=[{**TOOL, "function": json.dumps({"name": "f"})}]),
+        row(USER, {"role": "assistant", "tool_calls": [CALL]}, functions=[json.dumps({"name": "f", "parameters": ""})]),
         row(USER, {"role": "assistant", "tool_calls": [CALL]}, tools=None, functions=json.dumps([{"name": "f"}])),
         row({**USER, "content": ["q"]}, {"role": "assistant", "tool_calls": [CALL]}, tools=[TOOL], functions=[]),
         *(
@@ -77,6 +81,14 @@ def test_every_spelling_of_one_conversation_is_read_alike(line: str) -> None:
         for call in message.get("tool_calls", []):
             call["function"]["arguments"] = call["function"]["arguments"].strip()
     assert found == PLAIN
+
+
+def test_parameters_may_be_a_json_string() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    for parameters in (schema, json.dumps(schema)):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        for tools in ([tool], [json.dumps(tool)], json.dumps([tool])):
+            assert read(row(USER, ANSWER, tools=tools))["tools"][0]["function"]["parameters"] == schema
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Ålesund", "n": 1.5}, '{"city": "Ålesund", "n": 1.5}'])

@@ -71,10 +71,25 @@ def _message(turn: Any) -> dict[str, Any]:
     speaker = fields.pop("from", None) or fields.pop("role", None)
     role = _role(speaker, fields)
     if "content" not in fields and "value" in fields:
-        fields["content"] = fields.pop("value")
+        fields["content"] = _said(fields.pop("value"), role)
     if role == "call":
         return {**fields, "role": "assistant", **_calls(fields.pop("content", None))}
     return {"role": role, **fields}
+
+
+def _said(value: Any, role: str) -> Any:
+    """Returns a turn's content. The result of a call may be any value, which is written as JSON."""
+    is_text = value is None or isinstance(value, str) or _are_parts(value)
+    if is_text or role == "call":
+        return value
+    if role in ("tool", "function"):
+        return json.dumps(value, ensure_ascii=False)
+    raise ValueError(f"must have a text in 'value', not {strict_json.kind(value)}.")
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether the value is a list of OpenAI's parts of a content."""
+    return isinstance(value, list) and all(isinstance(item, dict) and "type" in item for item in value)
 
 
 def _role(speaker: Any, fields: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ match OpenAI's wording ("Invalid file format. Example 100, message 2 ...").
 """
 
 import json
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,7 +16,7 @@ from tunery.rows import call_ids, filled, keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import parse
 from tunery.rows.pairs import PairShape
-from tunery.rows.shape import TextShape
+from tunery.rows.shape import WRITE_ROWS, TextShape
 from tunery.rows.shapes import FileShape
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -97,6 +98,11 @@ class Function(_Sealed):
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _decode(cls, value: object) -> object:
+        return _decoded_object(None if value == "" else value)
+
     @field_validator("parameters")
     @classmethod
     def _drop_filled(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -108,6 +114,11 @@ class Tool(_Sealed):
 
     type: Literal["function"] = "function"
     function: Function
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _decode(cls, value: object) -> object:
+        return _decoded_object(value)
 
     def for_template(self) -> dict[str, Any]:
         return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
@@ -241,8 +252,21 @@ def _decoded(value: object) -> object:
         refuse(f"must be a list, or a JSON list written as a string: {error}")
 
 
+def _decoded_object(value: object) -> object:
+    """Returns the object of a JSON string; any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return strict_json.load_object(value)
+    except ValueError as error:
+        refuse(f"must be an object, or a JSON object written as a string: {error}")
+
+
 def _wrapped(tool: Any) -> Any:
-    """Returns a tool in the form of requests, also for a bare function."""
+    """Returns a tool in the form of requests, also for a bare function and for a JSON string."""
+    if isinstance(tool, str):
+        with suppress(ValueError):  # the caller says that it is no object
+            tool = strict_json.load_object(tool)
     if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
@@ -283,6 +307,8 @@ class Example(BaseModel):
     @classmethod
     def _decode_messages(cls, value: object) -> object:
         messages: Any = _decoded(value)
+        if isinstance(messages, list) and messages and isinstance(messages[0], list):
+            refuse(f"is a list of conversations. {WRITE_ROWS}")
         return call_ids.fill(messages) if call_ids.lacks_ids(messages) else messages
 
     @field_validator("tools", mode="before")

@@ -91,8 +91,9 @@ def _in_common(
         raise ValueError(
             f"'{used['user']}' would be ignored: it is not a message of '{names[0]}'. Put it there, or remove the key."
         )
-    before = prompt_turns({**parts, "user": prompt}, used) if "system" in parts else as_given(prompt)
-    return before, [said[-1:] for said in both]
+    if "system" in parts:
+        prompt = prompt_turns({**parts, "user": prompt}, {"user": names[0], **used})
+    return as_given(prompt), [said[-1:] for said in both]
 
 
 def _key(content: Any) -> str:

@@ -18,6 +18,10 @@ PLAIN = "plain text"
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 _CHATML_HEAD = re.compile(rf"{re.escape(CHATML_BEGIN)}(\w+)\r?\n")
+WRITE_ROWS = (
+    "If the file holds a table by its columns, write an object for each row (in pandas: to_json(orient='records', "
+    "lines=True))."
+)
 _BLANK = re.compile(r"\s*")
 
 
@@ -107,8 +111,10 @@ CHAT_SHAPE = Shape(CHAT, {"messages": "messages"})
 def _turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
     """Returns the messages of a question and an answer, with the row's further parts."""
     answer = parts["assistant"]
-    wanted = answer if isinstance(answer, list) else [text_message("assistant", answer, used["assistant"])]
-    return [*prompt_turns(parts, used), *wanted]
+    asked = prompt_turns(parts, used)
+    if isinstance(answer, list):
+        return [*asked, *_check_messages(answer, used["assistant"])]
+    return [*asked, text_message("assistant", answer, used["assistant"])]
 
 
 def prompt_turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
@@ -117,7 +123,17 @@ def prompt_turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]
     asked = parts["user"]
     is_list = isinstance(asked, list)
     before = [*_system(parts, used, asked if is_list else ()), *_history(parts.get("history"))]
-    return [*before, *(as_given(asked) if is_list else [_user(parts, used)])]
+    return [*before, *(as_given(_check_messages(asked, used["user"])) if is_list else [_user(parts, used)])]
+
+
+def _check_messages(value: list[Any], key: str) -> list[Any]:
+    """Returns a list of messages. Raises ValueError for one of texts, as columns and pairs of answers are."""
+    if value and not any(isinstance(item, dict) for item in value):
+        raise ValueError(
+            f"'{key[:40]}' must be a text or a list of messages, but is a list of {len(value)} other values. "
+            f"{WRITE_ROWS} Two answers to compare belong in 'chosen' and 'rejected'."
+        )
+    return value
 
 
 def _user(parts: Mapping[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
@@ -155,6 +171,8 @@ def _optional_text(parts: Mapping[str, Any], used: Mapping[str, str], part: str)
 
 def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
     """Returns a message with the text of a row's key. Raises ValueError."""
+    if isinstance(value, dict) and "0" in value:  # as pandas writes columns
+        raise ValueError(f"'{key[:40]}' must be a text, not a column of texts. {WRITE_ROWS}")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(  # noqa: TRY004 (to callers every fault of a row is one kind)
             f"'{key[:40]}' must be a text, not {strict_json.kind(value)}. Write it as the string that the model should "

@@ -20,6 +20,7 @@ from tunery.rows.shape import (
     PLAIN,
     SHAREGPT,
     SYSTEMS,
+    WRITE_ROWS,
     Shape,
     TextShape,
 )
@@ -247,6 +248,8 @@ def _no_shape(row: Mapping[str, Any]) -> str:
     if key := next((key for key, value in row.items() if _are_rows(value)), None):
         return f"{expected}. '{key[:40]}' is a list of rows: send this list alone, as a JSON array."
     shown = ", ".join(f"'{key[:40]}'" for key in list(row)[:8])
+    if row and all(isinstance(value, list) for value in row.values()):
+        return f"{_START}: every value of the row ({shown}) is a list. {WRITE_ROWS}"
     return (
         f"{expected}. The row has {shown or 'no keys'}; pairs such as prompt/completion, question/answer and "
         "instruction/input/output are read too." + (f" Name other columns {_BY_HAND}" if _may_be_named(row) else "")
