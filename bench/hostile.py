@@ -4,6 +4,7 @@ Four clients send the corpus of tests/fixtures/hostile_bodies.py to an embedded 
 meanwhile /healthz is requested every 20 ms.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -52,4 +53,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

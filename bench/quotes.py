@@ -7,6 +7,7 @@ processor time on waiting for each other. The comparison covers the trainer's wo
 without imports and upload. The wall-clock time is shown too.
 """
 
+import argparse
 import itertools
 import os
 import sys
@@ -129,8 +130,7 @@ def _made(home: str, shape: str) -> Path | None:
     return Path(home) / shape
 
 
-def main() -> int:
-    out, shape = (*sys.argv[1:], "")[:2]
+def main(out: str, shape: str) -> int:
     os.environ["TUNERY_FILE_REPORTS"] = "false"
     os.environ["TUNERY_PLUGINS"] = "bench.cpu_clock"
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -158,4 +158,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT.json")
+    parser.add_argument("shape", nargs="?", default="", metavar="SHAPE")
+    sys.exit(main(**vars(parser.parse_args())))

@@ -7,6 +7,7 @@ of one of free-text rows. If SPEED_ROWS is 0, the record keeps its times; if SEE
 of a BASE, it is asked about answers that may break off, and there is a record of its own, without times.
 """
 
+import argparse
 import json
 import os
 import random
@@ -119,7 +120,8 @@ def met(pooled: dict[str, dict[str, Any]]) -> bool:
 
 
 def labelled_rows(count: int, _: Path, dice: random.Random) -> list[injector.Row]:
-    """Returns rows of random words with one of 20 labels, which the words decide."""
+    """Returns rows of random words with one of 20 labels, which the words decide by a rule that no classifier of words
+    learns: the labels are as good as random."""
     words = sorted(
         {
             word
@@ -187,14 +189,13 @@ def recorded(part: str) -> Any:
     return json.loads((service.RESULTS / RECORD).read_text(encoding="utf-8"))[part]
 
 
-def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "200", base: str = "") -> int:
-    chosen = range(int(first), int(first) + int(seeds))
+def main(free: Path, seeds: int, speed_rows: int, first: int, base: Path | None) -> int:
+    chosen = range(first, first + seeds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        asked = Path(base) if base else None
-        speed = time_reports(int(speed_rows), Path(free), folder) if int(speed_rows) else recorded("speed")
+        speed = time_reports(speed_rows, free, folder) if speed_rows else recorded("speed")
         print(speed, flush=True)
-        judged = {file: [judge(seed, Path(free), folder, file, asked) for seed in chosen] for file in FILES if chosen}
+        judged = {file: [judge(seed, free, folder, file, base) for seed in chosen] for file in FILES if chosen}
     pooled = {file: pool(seeds) for file, seeds in judged.items()}
     found = (
         {"seeds": list(chosen), "files": pooled} if chosen else {part: recorded(part) for part in ("seeds", "files")}
@@ -206,11 +207,17 @@ def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "
     what = "injected faults found by the report, and its time on many rows"
     goals = {"goal": GOAL, "goals": GOALS, "goal_at_k": GOAL_AT_K, "goal_seconds": GOAL_SECONDS}
     if base:
-        service.write(RECORD_WITH_BASE, {"what": what, "base": Path(base).name, **goals, **found})
+        service.write(RECORD_WITH_BASE, {"what": what, "base": base.name, **goals, **found})
     else:
         service.write(RECORD, {"what": what, **goals, **found, "speed": speed})
     return 0 if all(map(met, pooled.values())) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("free", type=Path, metavar="FREE.jsonl")
+    parser.add_argument("seeds", type=int, nargs="?", default=5, metavar="SEEDS")
+    parser.add_argument("speed_rows", type=int, nargs="?", default=100_000, metavar="SPEED_ROWS")
+    parser.add_argument("first", type=int, nargs="?", default=200, metavar="FIRST_SEED")
+    parser.add_argument("base", type=Path, nargs="?", metavar="BASE")
+    sys.exit(main(**vars(parser.parse_args())))
