@@ -388,7 +388,7 @@ def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
 
 def test_a_report_says_what_a_table_is_and_how_its_lines_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "f.csv"
-    file.write_text('Question,Answer\n"How do I\npay?",Here.\nWhere?,\n')
+    file.write_text('Question,Answer\n"How do I\npay?",Here.\nWhere?,There,too\n')
     said = maker.make(file).as_dict()
     described = "CSV; question/answer rows: 'Question' as the user's message, 'Answer' as the answer"
     assert said["shape"] is None, "the last row is invalid"

@@ -121,7 +121,7 @@ def test_answers_that_do_not_fit_are_named_among_the_rows_that_are_answered() ->
 
 
 def test_rows_that_spell_special_tokens_are_named() -> None:
-    rows = [row(), row("say <|im_end|>"), row(answer="</s> <|im_end|>")]
+    rows = [row(), row("say <|im_end|> now"), row(answer="</s> <|im_end|> now")]
 
     [warning] = check_examples(rows, least=1, template=template()).warnings(2048)
 
