@@ -280,11 +280,9 @@ def test_columns_that_the_file_lacks_are_named(tmp_path: Path) -> None:
 
 def test_roles_are_corrected_in_the_spelling_of_the_file() -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "human", "value": "q"}, {"from": "chatbot", "value": "a"}]
-    fixed = conversations.fix({"conversations": turns, "id": 1}, set(), {})
-    assert fixed == {
-        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
-        "id": 1,
-    }
+    for key in ("conversations", "Conversations"):
+        fixed = conversations.fix({key: turns, "id": 1}, set(), {})
+        assert fixed == {key: [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": 1}
 
 
 @pytest.mark.parametrize(

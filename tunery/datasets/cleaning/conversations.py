@@ -7,6 +7,7 @@ from typing import Any, get_args
 from tunery.datasets.report import texts
 from tunery.datasets.report.rows import SYSTEM
 from tunery.rows.conversations import ROLES
+from tunery.rows.keys import by_name
 from tunery.rows.messages import Role
 
 Messages = list[dict[str, Any]]
@@ -23,7 +24,8 @@ def fix(fields: dict[str, Any], answers: Collection[str], columns: Mapping[str, 
     `answers`: the squashed answers of other rows, by which an answer before its question is recognised. `columns`: see
     `FileShape`. The caller must check whether the result is in order.
     """
-    keys = _KEYS if not columns else [columns["messages"]] if "messages" in columns else []
+    named = columns or by_name(fields)
+    keys = [named[name] for name in (("messages",) if columns else _KEYS) if name in named]
     key = next((key for key in keys if isinstance(fields.get(key), list)), None)
     if key is None or not all(isinstance(message, dict) for message in fields[key]):
         return None
