@@ -56,14 +56,26 @@ _SPANISH = (
     r"\bdebo (?:rechazar|declinar)\b",
 )
 _REFUSAL = re.compile("|".join((*_ENGLISH, *_GERMAN, *_FRENCH, *_SPANISH)), re.IGNORECASE)
+_PARTS = (
+    *("as an ai", "as a l", "i'm", "i am", "i can", "i won't", "i will", "i must", "i have to", "i'll", "i don't"),
+    *("i do not", "for me to", "against my"),
+    *("als ki", "als ein", "als kün", "als gro", "als spr", "ich kann", "ich darf", "ich werde", "ich bin", "ich muss"),
+    *("kann ich", "darf ich", "werde ich", "muss ich", "en tant qu", "je ne", "je dois"),
+    *("como ", "no puedo", "no podré", "no me es", "no soy", "debo "),
+)
+"""A refusal has one of them. Most answers have none, which is seen in a fraction of the time that the pattern takes."""
 _ACTION = "Keep it if such a question should be refused; otherwise write the answer, or drop the row."
 
 
 def find(case: Case) -> Iterator[Finding]:
     """Finds rows whose answer begins with a refusal."""
     for row in case.answered:
-        found = _REFUSAL.search(row.answer[:_HEAD].translate(_APOSTROPHES))
-        if found is not None:
+        if found := _refusal_in(row.answer[:_HEAD].translate(_APOSTROPHES)):
             score = 1 - found.start() / _HEAD
             said = found[0].strip(" \n.,!?")
             yield Finding("refusal", [row.line], score, f"The answer refuses: '{said}'.", _ACTION)
+
+
+def _refusal_in(text: str) -> re.Match[str] | None:
+    small = text.lower()
+    return _REFUSAL.search(text) if any(part in small for part in _PARTS) else None
