@@ -14,7 +14,7 @@ from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, noth
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, is_answerable
 from tunery.rows.preferences import Pair
-from tunery.rows.rendered import find_marker
+from tunery.rows.rendered import find_marker, may_have_marker
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
@@ -267,8 +267,10 @@ def _count(summary: Summary, number: int, example: Example) -> None:
     if any(message.is_trained and message.is_silent for message in example.messages):
         summary.silent.append(number)
     messages = [*example.messages, example.dispreferred] if isinstance(example, Pair) else example.messages
-    if marker := next(filter(None, [find_marker(message.content or "") for message in messages]), None):
-        summary.rendered[number] = marker
+    for message in messages:
+        if (text := message.content) and may_have_marker(text) and (marker := find_marker(text)):
+            summary.rendered[number] = marker
+            break
 
 
 def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
