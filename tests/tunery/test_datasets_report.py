@@ -290,6 +290,13 @@ def test_leaks_of_short_questions_with_a_greeting() -> None:
     assert found == {1: [1], 3: [2]}
 
 
+def test_a_short_question_that_another_one_contains_is_another() -> None:
+    """As much is added as is shared: `Change my pin` is a part of many questions."""
+    against = [row(1, "Where do I change my PIN?", "pin"), row(2, "Delete this account!", "close")]
+    rows = [row(1, "Change my pin?", "pin"), row(2, "Please help me delete this account.", "close")]
+    assert list(leaks.find(Case(rows, against))) == []
+
+
 def test_labels_are_values_that_come_often() -> None:
     rows = [row(at, "q", json.dumps({"intent": LABELS[at % 3], "text": f"free {at}"})) for at in range(30)]
     assert [task.key for task in labels.find(rows)] == ["intent"]

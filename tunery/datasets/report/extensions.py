@@ -12,8 +12,8 @@ _LEAST = 3
 """Minimum words of the shorter question: fewer occur in many questions about something else."""
 _MOST = 30
 """Maximum words of the longer question: longer ones are similar enough to be found by their shingles."""
-_ALIKE = 0.5
-"""Minimum Jaccard similarity of the questions' shingles, so that no more is added than shared."""
+_ALIKE = 0.55
+"""Minimum Jaccard similarity of the questions' shingles, so that less is added than shared."""
 
 
 def find(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
