@@ -5,6 +5,7 @@ match OpenAI's wording ("Invalid file format. Example 100, message 2 ...").
 """
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -244,22 +245,21 @@ def _part_text(part: object) -> str:
 
 def _decoded(value: object) -> object:
     """Returns the value of a JSON string, as tables store lists; any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return strict_json.load_value(value)
-    except ValueError as error:
-        refuse(f"must be a list, or a JSON list written as a string: {error}")
+    return _load(value, strict_json.load_value, "a list", "a JSON list")
 
 
 def _decoded_object(value: object) -> object:
     """Returns the object of a JSON string; any other value unchanged."""
+    return _load(value, strict_json.load_object, "an object", "a JSON object")
+
+
+def _load(value: object, load: Callable[[str], object], kind: str, written: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return strict_json.load_object(value)
+        return load(value)
     except ValueError as error:
-        refuse(f"must be an object, or a JSON object written as a string: {error}")
+        refuse(f"must be {kind}, or {written} written as a string: {error}")
 
 
 def _wrapped(tool: Any) -> Any:

@@ -32,7 +32,8 @@ _NOT_JUDGED = (
     "Only a report that was made with a base names implausible answers. Request the file's report with this 'base' and "
     "the same 'columns', and clean the file when the report is ready."
 )
-IMPLAUSIBLE, INVALID, TRUNCATED = "implausible_output", "invalid_row", "truncated_output"
+INVALID = "invalid_row"
+IMPLAUSIBLE, TRUNCATED = "implausible_output", "truncated_output"
 """Kinds that a base judges: the first only in the report of an uploaded file, the other alone or with a base."""
 _UPLOADED = ("repeated_elsewhere", "benchmark_overlap")
 """Kinds only for uploaded files: the server has the other files and the benchmark to compare with."""

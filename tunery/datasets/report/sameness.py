@@ -6,7 +6,7 @@ less; another question has other words of content in their place.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -76,7 +76,7 @@ def _overlap(one: str, other: str) -> float:
     return len(here & there) / len(here | there)
 
 
-def _content(words: Iterable[str], known: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def _content(words: Iterable[str], known: Collection[str] = ()) -> list[str]:
     """Returns the different words of content that are not known."""
     found = {word for word in words if len(word) >= _CONTENT and word not in known}
     return sorted(found - _FUNCTION)
