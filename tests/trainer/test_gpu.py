@@ -1,6 +1,7 @@
 """Tests that need a CUDA device: `pytest -m gpu tests/trainer/test_gpu.py`."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
 from worker.trainer.kernels import adamw, adapters, projections, stochastic
 from worker.trainer.loop import _take_step
+from worker.trainer.recorded_update import can_record
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.stop_signal import StopSignal
@@ -39,13 +41,16 @@ def losses(folder: Path, base: Path, recorded: bool, **changes: Any) -> list[tup
     t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), MessageWriter(None), StopSignal())
     assert t.stepper.graphs is not None
     if not recorded:
-        t.stepper.graphs = None
+        t.stepper.adopt(replace(t.stepper.memory, graphs=False))
     progress = Progress()
     steps = [_take_step(t, progress)[0] for _ in range(t.total_steps)]
     if recorded:
         assert t.stepper.graphs is not None
         assert not t.stepper.graphs.failed
         assert len(t.stepper.graphs._recorded) > 0
+        update = t.stepper._recorded
+        assert (update is not None) == can_record(t.optimizer)
+        assert update is None or update._replay is not None
     return [(step.train_loss, step.grad_norm) for step in steps]
 
 

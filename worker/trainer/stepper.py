@@ -10,12 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from worker.trainer import cuda_graphs, pieces
+from worker.trainer import cuda_graphs, pieces, recorded_update
 from worker.trainer.cuda_graphs import CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches, share
+from worker.trainer.decoding.graphs import CudaRecorder
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
+from worker.trainer.recorded_update import RecordedUpdate
 from worker.trainer.reducer import Reducer
 from worker.trainer.sharding import Shards
 
@@ -73,6 +75,9 @@ class Stepper:
         self.graphs = CudaGraphs(objective) if memory.graphs else None
         self._is_loss = torch.tensor([name == "loss" for name in objective.method.sums], device=ranks.device)
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
+        self._recorded = None
+        if memory.graphs and recorded_update.can_record(optimizer):
+            self._recorded = RecordedUpdate(optimizer, CudaRecorder())
         self._reducer = Reducer(ranks, [p for p in self._parameters if pieces.of(p) is None])
         self._groups = _shared(map(group_of, rows.examples))
         self._shapes = _shared(example.shape for example in rows.examples)
@@ -150,14 +155,13 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
         self._move(step)
-        self._optimizer.zero_grad(set_to_none=self.graphs is None)  # recorded passes add to the same tensors
 
     def _move(self, step: int) -> None:
-        """Steps the optimizer. If it runs out of memory before a weight has changed, it retries without recorded
-        passes.
+        """Steps the optimizer and clears the gradient. If it runs out of memory before a weight has changed, it retries
+        without anything recorded.
         """
         try:
-            self._optimizer.step()
+            self._step()
             return
         except torch.OutOfMemoryError as error:
             # The optimizer counts a parameter's step when it begins it. A second step on some parameters would change
@@ -165,14 +169,21 @@ class Stepper:
             if any(state.get("step", step) >= step for state in self._optimizer.state.values()):
                 raise RuntimeError(f"out of memory in the middle of the optimizer's step {step}") from error
         self.adopt(replace(self.memory, graphs=False))
+        self._step()
+
+    def _step(self) -> None:
+        if self._recorded is not None:
+            self._recorded.run()
+            return
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=self.graphs is None)  # recorded passes add to the same tensors
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Uses `plan` as the memory plan from now on."""
         if (plan.recompute, plan.offload) != (self.memory.recompute, self.memory.offload):
             self.objective.recompute(plan.recompute, offload=plan.offload)
         if not plan.graphs:
-            self.graphs = None
+            self.graphs = self._recorded = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if plan != self.memory:
