@@ -71,7 +71,7 @@ def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: in
     rows = min(labels, chunk_rows(shape.vocab))
     logits = rows * shape.vocab * (width if device == "cuda" else 2 * _WIDE)
     states = 3 * labels * shape.hidden * width
-    return states + max(logits, _head_gradient(shape, technique, precision))
+    return states + logits + _head_gradient(shape, technique, precision)
 
 
 def chunk_rows(vocab: int) -> int:
@@ -80,7 +80,7 @@ def chunk_rows(vocab: int) -> int:
 
 
 def _head_gradient(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """Returns the sum of the chunks' gradients in fp32, that sum scaled, and it in the type of the products."""
+    """Returns the bytes of the sum of the chunks' gradients in fp32, and of that sum in the type of the products."""
     if not isinstance(technique, Full) and "lm_head" not in (technique.modules_to_save or ()):
         return 0
-    return shape.vocab * shape.hidden * (2 * _WIDE + BYTES[precision.compute])
+    return shape.vocab * shape.hidden * (_WIDE + BYTES[precision.compute])

@@ -78,9 +78,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 out = grad_hidden[start : start + rows]
                 torch.addmm(out, grad_logits, weight, beta=0, alpha=scale, out=out)
             if grad_weight is not None:
-                grad_weight.add_(grad_logits.t() @ chunk, alpha=scale)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+                _add_product(grad_weight, grad_logits.t(), chunk, scale)
+        # Rounded here, once: in fp32 it would stay beside all activations until the backward pass begins.
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(correct)
         return loss * scale, correct
 
@@ -89,9 +89,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
+        if grad_weight is not None:  # in place, as it may be a gigabyte: a second backward pass would scale it again
+            grad_weight = grad_weight.mul_(grads[0])
         return grad_hidden, grad_weight, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Adds `scale` times left @ right to `total`, which is fp32."""
+    if total.is_cuda and left.dtype != total.dtype:
+        # The product is never rounded, and its sum needs no pass of its own over a head of a gigabyte.
+        torch.addmm(total, left, right, torch.float32, alpha=scale, out=total)
+    else:
+        total.add_(left @ right, alpha=scale)
 
 
 def _loss_and_gradient(logits: Tensor, wanted: Tensor, *, writes: bool) -> tuple[Tensor, Tensor, Tensor]:
