@@ -60,9 +60,7 @@ PLANS = [
     ("QLoRA 8B, a job", 1904, 7616, False, False),
     ("LoRA 8B in e4m3, a job", 1904, 7616, False, False),
     ("LoRA 1B, 32 uneven rows, a job", 1507, 10_720, False, False),
-    ("full 1B, one card", 733, 4364, False, True),
     ("QLoRA 1B, one card", 733, 4364, False, True),
-    ("full 1B in pieces on two cards", 733, 2426, True, False),
     ("full 8B in pieces on two cards", 733, 2426, True, False),
 ]
 

@@ -33,9 +33,9 @@ def run(
         (Qlora(), 7.5, 4_096, 31, True),
         (Lora(), 139.8, 16_384, 0, False),
         (Lora(), 18.2, 2_048, 26, False),
-        (Full(), 79.2, 4_096, 0, False),
-        (Full(), 55.0, 16_384, 26, False),  # all rows at once: gradients are made while activations are freed
-        (Full(), 50.0, 16_384, 29, False),
+        (Full(), 79.2, 6_144, 0, False),
+        (Full(), 55.0, 2_048, 13, False),
+        (Full(), 50.0, 16_384, 28, False),  # all rows at once: gradients are made while activations are freed
     ],
 )
 def test_plan_follows_the_memory_that_there_is(

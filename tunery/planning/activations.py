@@ -15,7 +15,7 @@ LEAST_CHUNK_ROWS = 64
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of a config's model_type whose layers run the trainer's own kernels."""
 FUSED_EXPERTS = frozenset({"qwen3_moe"})
-"""Those whose layers do so if their experts' adapters are run by the trainer too."""
+"""Those whose layers do so if their experts' adapters, if any, are run by the trainer too."""
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 _HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3", "gemma3_text"})
 _WIDE = BYTES["float32"]
@@ -31,9 +31,10 @@ def find_path(shape: Shape, technique: Technique, precision: Precision) -> Path:
     if precision.autocast:
         return "autocast"
     families = FUSED | {None}
-    if isinstance(technique, Lora):
-        families |= FUSED_EXPERTS if shape.unmerged else frozenset()
-        families = frozenset() if technique.use_dora else families
+    if shape.unmerged or isinstance(technique, Full):
+        families |= FUSED_EXPERTS
+    if isinstance(technique, Lora) and technique.use_dora:
+        families = frozenset()
     return "fused" if shape.family in families else "plain"
 
 
@@ -69,9 +70,12 @@ def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: in
     """Returns the peak bytes of the head and the loss of `labels` tokens, with the gradient of a trained head."""
     width = BYTES[precision.dense]
     rows = min(labels, chunk_rows(shape.vocab))
-    logits = rows * shape.vocab * (width if device == "cuda" else 2 * _WIDE)
+    logits = rows * shape.vocab * (width if device == "cuda" else _WIDE)
     states = 3 * labels * shape.hidden * width
-    return states + logits + _head_gradient(shape, technique, precision)
+    total, product = _head_gradient(shape, technique, precision)
+    # A kernel makes the gradient in the logits' place; torch's own operations need as much again, but not for long.
+    beside = product if device == "cuda" else max(logits, product)
+    return states + logits + total + beside
 
 
 def chunk_rows(vocab: int) -> int:
@@ -79,8 +83,11 @@ def chunk_rows(vocab: int) -> int:
     return max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * vocab))
 
 
-def _head_gradient(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """Returns the bytes of the sum of the chunks' gradients in fp32, and of that sum in the type of the products."""
+def _head_gradient(shape: Shape, technique: Technique, precision: Precision) -> tuple[int, int]:
+    """Returns the bytes of the sum of the chunks' gradients in fp32, and of that sum, or a product of it, in the type
+    of the products.
+    """
     if not isinstance(technique, Full) and "lm_head" not in (technique.modules_to_save or ()):
-        return 0
-    return shape.vocab * shape.hidden * (_WIDE + BYTES[precision.compute])
+        return 0, 0
+    weights = shape.vocab * shape.hidden
+    return weights * _WIDE, weights * BYTES[precision.compute]

@@ -161,7 +161,7 @@ def phases(s: Setting, step: Step) -> Iterator[Parts]:
             "trial": _trial_bytes(s, min(step.shortest, VERIFIED))
         }
     if step.prompt:
-        yield rest | {"gradients": gradients, "copy": _copy_bytes(s, step.prompt)}
+        yield rest | {"gradients": gradients if keeps else 0, "copy": _copy_bytes(s, step.prompt)}
 
 
 def _at_the_end(s: Setting, step: Step, gradients: int, layer: int) -> Parts:
