@@ -1,12 +1,15 @@
 """The memory estimate, compared with recorded peaks of the trainer's own runs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench import memory_errors
 from tunery.planning import expected
+from tunery.planning.activations import find_path
 from tunery.planning.expected import Load
+from tunery.spec import Full, Lora
 
 RECORDS = memory_errors.load()
 ABOVE, UNDER = 0.10, 0.05
@@ -44,6 +47,17 @@ def test_records_are_of_every_kind() -> None:
     eight_bits = {record["technique"]["type"] for record in gpu if record.get("optimizer") == "adamw_8bit"}
     assert eight_bits == {"full", "lora"}
     assert {"lora pairs", "full pairs", "lora scored", "full scored"} <= {record["name"] for record in gpu}
+
+
+def test_layers_of_a_mixture_run_the_trainers_kernels_if_its_adapters_do() -> None:
+    [record] = [record for record in RECORDS if record["name"] == "full moe"]
+    of = memory_errors.setting(record)
+    merged = replace(of.shape, unmerged=0)
+
+    assert find_path(of.shape, Full(), of.precision) == find_path(of.shape, Lora(), of.precision) == "fused"
+    assert find_path(merged, Full(), of.precision) == "fused"
+    assert find_path(merged, Lora(), of.precision) == "plain"
+    assert find_path(of.shape, Lora(use_dora=True), of.precision) == "plain"
 
 
 def test_constants_fitted_on_half_hold_on_the_other() -> None:
