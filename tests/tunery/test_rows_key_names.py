@@ -54,6 +54,8 @@ JUDGES = "marks the answer as good or bad (KTO)"
         ({**CHAT, "feedback": False}, "has the key 'feedback', which marks the answer as bad"),
         ({**CHAT, "Feedback": "Bad"}, "has the key 'Feedback', which marks the answer as bad"),
         ({**CHAT, "isCorrect": 0}, "has the key 'isCorrect', which marks the answer as bad"),
+        ({**CHAT, "isCorrect": 0.0}, "has the key 'isCorrect', which marks the answer as bad"),
+        ({**CHAT, "isCorrect": "0.0"}, "has the key 'isCorrect', which marks the answer as bad"),
         ({**PAIR, "Weight": 0}, "has the key 'Weight', which weights the row"),
         ({**PAIR, "sampleWeight": 0.5}, "has the key 'sampleWeight', which weights the row"),
         ({**PAIR, "Score": 1}, "has the key 'Score', which rates the answer"),
@@ -73,6 +75,39 @@ def test_key_that_changes_the_meaning_is_known_in_any_case(row: dict[str, Any], 
 def test_bad_answers_of_a_table_are_no_good_ones() -> None:
     rows = "".join(f"Question {number}?,A bad answer,FALSE\n" for number in range(12))
     assert f"has the key 'Label', which {JUDGES}" in refusal(f"Prompt,Completion,Label\n{rows}".encode())
+
+
+ASKED = {"question": "What is red?", "answer": "B"}
+UNSEEN = "would be ignored, but the answer is the letter or number of a choice"
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({**ASKED, "choices": ["Grass", "Blood"]}, "choices"),
+        ({**ASKED, "answer": 1, "Options": ["Grass", "Blood"]}, "Options"),
+        ({**ASKED, "answer": "(b)", "choices": {"text": ["Grass", "Blood"], "label": ["A", "B"]}}, "choices"),
+        ({**ASKED, "choices": '["Grass", "Blood"]'}, "choices"),
+        ({**ASKED, "question": "Is grass red?", "choices": ["Grass", "Blood"]}, "choices"),
+        ({**ASKED, "A": "Grass", "B": "Blood"}, "B"),
+        ({**ASKED, "answer": 2, "optionA": "Grass", "optionB": "Blood"}, "optionA"),
+    ],
+)
+def test_a_choice_that_the_question_does_not_show_is_no_answer(row: dict[str, Any], key: str) -> None:
+    assert f"has the key '{key}', which {UNSEEN}" in refusal(jsonl(row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "What is red?\nA) grass\nB) blood", "answer": "B", "choices": ["Grass", "Blood"]},
+        {"question": "What is red?", "answer": "Blood", "choices": ["Grass", "Blood"]},
+        {"question": "How many are red?", "answer": "2", "a": "Colours", "candidates": 3},
+        {**CHAT, "messages": [*CHAT["messages"][:1], {"role": "assistant", "content": "Blood"}], "choices": ["Grass"]},
+    ],
+)
+def test_choices_that_are_shown_or_not_needed_are_ignored(row: dict[str, Any]) -> None:
+    assert read(row).unknown_keys
 
 
 def test_two_columns_of_one_name_are_refused_though_one_is_empty() -> None:

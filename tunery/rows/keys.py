@@ -37,6 +37,10 @@ _PICTURED = "contains images, audio or files, but only text is supported. Remove
 _RENDERED = "changes how a template renders the row, which is not supported. Remove the key."
 _SYSTEM = "would be ignored. Put it into 'messages' as the first message, with the role 'system', and remove the key."
 _EARLIER = "would be ignored. Put the earlier turns into 'messages', before the last question."
+_OFFERED = (
+    "would be ignored, but the answer is the letter or number of a choice. Write the choices into the question, or "
+    "remove the key if they are the same in all rows."
+)
 
 _COMPARISON = re.compile(r"(?:.*_)?(?:chosen|rejected|preferred|non_preferred)(?:_.*)?")
 _MEANINGS: dict[str, tuple[str, ...]] = {
@@ -62,9 +66,14 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     _SYSTEM: ("system", "system_prompt", "system_message"),
     _EARLIER: ("history",),
+    _OFFERED: ("choices", "options", "answer_choices", "answer_options", "alternatives", "endings", "candidates"),
 }
 _BAD = frozenset({"false", "no", "bad", "wrong", "incorrect", "negative", "thumbs_down", "thumbs down", "down", "👎"})
-_BAD_NUMBERS = ("0", "-1")
+_BAD_NUMBERS = ("0", "-1", "0.0", "-1.0")
+_CHOICE = re.compile(r"\s*\(?([A-Ja-j]|\d{1,2})\)?[.:]?\s*")
+_CHOICE_COLUMN = re.compile(r"(?:option|choice|answer|op)_?(?:[a-j]|\d)|[a-j]")
+"""The name of a column with a single choice."""
+_WORD = re.compile(r"\w+")
 _LONGEST_NAME = 40
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _GAP = re.compile(r"[\s-]+")
@@ -129,18 +138,23 @@ def find_meaning(row: Mapping[str, Any], *, of_a_pair: bool = False) -> str | No
             continue
         if (meaning == _SYSTEM and _is_repeated(row, value)) or (meaning == _DISAPPROVED and not _is_bad(key, value)):
             continue
+        if meaning == _OFFERED and not _lacks_choices(row, key, value):
+            continue
         return f"has the key '{key}', which {meaning}"
     return None
 
 
 @lru_cache(1024)
 def _meaning_of(key: str) -> str | None:
-    return _COMPARED if compares(key) else _MEANING.get(name(key))
+    if compares(key):
+        return _COMPARED
+    known = name(key)
+    return _OFFERED if _CHOICE_COLUMN.fullmatch(known) else _MEANING.get(known)
 
 
 def _is_bad(key: str, value: Any) -> bool:
     """Whether the value disapproves of an answer. The number of a class may be 0."""
-    said = str(value).strip().casefold() if isinstance(value, str | int) else ""
+    said = str(value).strip().casefold() if isinstance(value, str | int | float) else ""
     return said in _BAD or (said in _BAD_NUMBERS and name(key) != "labels")
 
 
@@ -155,6 +169,22 @@ def _is_repeated(row: Mapping[str, Any], text: Any) -> bool:
     if not isinstance(first, Mapping) or first.get("role") not in ("system", "developer"):
         return False
     return is_same(first.get("content"), text)
+
+
+def _lacks_choices(row: Mapping[str, Any], key: str, offered: Any) -> bool:
+    """Whether the answer is the letter or number of a choice that the conversation does not show."""
+    messages = row.get("messages")
+    turns = messages if isinstance(messages, list) else []
+    *shown, answer = [str(turn.get("content")) for turn in turns if isinstance(turn, Mapping)] or [""]
+    if not isinstance(offered, str | list | Mapping) or (named := _CHOICE.fullmatch(answer)) is None:
+        return False
+    if len(name(key)) == 1 and name(key) != named[1].casefold():
+        return False
+    return not _words(str(offered)) <= _words("\n".join(shown))
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.casefold()))
 
 
 def is_same(one: Any, other: Any) -> bool:
