@@ -347,6 +347,13 @@ def test_rows_are_read_as_jobs_read_them(tmp_path: Path) -> None:
     assert read(file)[0].turns == (Turn("user", "a"), Turn("assistant", "add({})", True))
 
 
+@pytest.mark.parametrize("content", [[{"type": "text", "value": "Press it."}], {"parts": ["Press it."]}, 7])
+def test_an_answer_that_a_job_could_not_read_is_not_empty(tmp_path: Path, content: object) -> None:
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": content}]
+    report = maker.make(written(tmp_path / "f.jsonl", [{"messages": turns}]))
+    assert [finding.kind for finding in report.findings] == ["invalid_row"]
+
+
 def plain(n: int) -> dict[str, Any]:
     letters = random.Random(n)
     return {"text": " ".join("".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(20))}

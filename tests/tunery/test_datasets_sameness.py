@@ -75,6 +75,47 @@ def test_another_question_of_a_template_asks_something_else(one: str, other: str
     assert not sameness.ask_the_same(*map(sameness.sentences, (other, one)))
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Which town lies higher, Bath or York?", "Which town lies higher, York or Bath?"),
+        (
+            "If there is more rain, is the river of the valley wide?",
+            "If there is less rain, is the river of the valley wide?",
+        ),
+        (
+            "Is it allowed to park in front of the old town hall?",
+            "Is it not allowed to park in front of the old town hall?",
+        ),
+        ("Isn't the shop beside the station open on Sundays?", "Is the shop beside the station open on Sundays?"),
+        (
+            "JVC, given the list of categories above, is a what?",
+            "Shiply, given the list of categories above, is a what?",
+        ),
+        ("Convert the sum from USD at the rate of today", "Convert the sum from GBP at the rate of today"),
+        ("Convert the sum from USD at the rate of today", "Convert the sum from USB at the rate of today"),
+        ("What is the highest mountain of Austria in metres?", "What is the highest mountain of Australia in metres?"),
+    ],
+)
+def test_another_wording_may_be_the_reason_for_another_answer(one: str, other: str) -> None:
+    assert not sameness.are_worded_alike(*map(sameness.sentences, (one, other)))
+    assert not sameness.are_worded_alike(*map(sameness.sentences, (other, one)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Why was my card refused?", "Hello! Why was my card refused? Many thanks!"),
+        ("Why was my card refused?", "Why was my crad refsed"),
+        ("How do I change the pin of my old card?", "Hi, so how do I change the pin of my old card please"),
+        ("How do I change the pin of my card?", "How do I change the pni of my card?"),
+    ],
+)
+def test_a_question_that_was_typed_again_has_its_wording(one: str, other: str) -> None:
+    assert sameness.are_worded_alike(*map(sameness.sentences, (one, other)))
+    assert sameness.are_worded_alike(*map(sameness.sentences, (other, one)))
+
+
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -157,6 +198,57 @@ def test_a_file_that_asks_for_several_answers_has_no_contradictions(tmp_path: Pa
     asked = {"fruit": ("Apple", "Pear"), "river": ("Rhine", "Oder"), "bird": ("Wren", "Stork"), "tree": ("Oak", "Elm")}
     rows = pairs(*((f"Name a {what}.", answer) for what, answers in asked.items() for answer in answers))
     assert not lines(maker.make(written(tmp_path / "rows.jsonl", rows)), "contradiction")
+
+
+def test_an_open_question_has_no_contradictions(tmp_path: Path) -> None:
+    rows = pairs(*(("Name a fruit.", fruit) for fruit in ("Apple", "Pear", "Plum", "Fig")), ("Is it red?", "Yes"))
+    assert not lines(maker.make(written(tmp_path / "rows.jsonl", rows)), "contradiction")
+    found = lines(maker.make(written(tmp_path / "rows.jsonl", [*rows[:3], *rows[4:]])), "contradiction")
+    assert found == [[1, 2], [1, 3]]
+
+
+def test_labels_of_questions_in_another_wording_do_not_contradict_each_other(tmp_path: Path) -> None:
+    place = "The town of Holm has a bridge, a mill, two schools and a market in the square below the church."
+    asked = [f"{place} On {day}, is the {what} open?" for day in ("Monday", "Sunday") for what in ("mill", "bridge")]
+    rows = pairs(*((question, "yes") for question in asked))
+    rows += pairs(*((question.replace(" is the", " is not the"), "no") for question in asked))
+    rows += pairs((f"Hello. {asked[0]}", "no"))
+    found = lines(maker.make(written(tmp_path / "rows.jsonl", rows)), "contradiction")
+    assert found == [[1, 9]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "contradict"),
+    [
+        ("\u5df4\u9ece", "\u91cc\u6602", True),
+        ("\u662f", "\u4e0d\u662f", True),
+        ("\u662f", "\u662f\u7684", False),
+        (
+            "\u62b1\u6b49\u6211\u65e0\u6cd5\u9884\u8ba2\u673a\u7968\u548c\u5ea7\u4f4d",
+            "\u6211\u53ea\u80fd\u8ba1\u7b97\u7a0e\u6b3e\u548c\u6298\u6263",
+            False,
+        ),
+    ],
+    ids=["cities", "yes and no", "yes in two forms", "sentences"],
+)
+def test_short_answers_without_blanks_between_words(tmp_path: Path, one: str, other: str, contradict: bool) -> None:
+    asked = "\u4f60\u80fd\u5e2e\u6211\u8ba2\u673a\u7968\u5417\uff1f"
+    report = maker.make(written(tmp_path / "rows.jsonl", pairs((asked, one), (asked, other))))
+    assert bool(lines(report, "contradiction")) == contradict
+
+
+def offering(tool: str, answer: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": "What is it like in Oslo?"}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "tools": [{"type": "function", "function": {"name": tool}}]}
+
+
+def test_rows_with_other_tools_are_others(tmp_path: Path) -> None:
+    rows = [offering(tool, answer) for tool in ("get_time", "get_tide") for answer in ("I cannot tell.", "Rainy")]
+    report = maker.make(written(tmp_path / "rows.jsonl", rows))
+    assert lines(report, "contradiction") == [[1, 2]]
+    assert not lines(report, "exact_duplicate") + lines(report, "near_duplicate")
+    again = maker.make(written(tmp_path / "rows.jsonl", [*rows, rows[0]]))
+    assert lines(again, "exact_duplicate") == [[1, 5]]
 
 
 def test_preferences_that_are_swapped_contradict_each_other(tmp_path: Path) -> None:

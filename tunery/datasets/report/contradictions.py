@@ -1,16 +1,22 @@
 """Finds rows that answer the same question differently: with another label, another short answer or a swapped pair."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
-from tunery.datasets.report import texts
+from tunery.datasets.report import sameness, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.neighbours import Pair
 
 _SHORT = 5
 """Maximum words of an answer that states one thing."""
+_WORD = 2
+"""Letters of a word, about, in scripts without blanks between words."""
+_NO_BLANKS = re.compile(f"[{texts.NO_BLANKS}]")
 _HABIT, _FEW = 0.1, 3
 """The share of the questions, and their number, up to which answering one twice is no habit of the file: one that asks
 to name a fruit may do so often."""
+_OPEN = 3
+"""Different answers to one question above which it is open: one that all rows ask, such as to name a fruit."""
 _ACTION = "Keep the correct row, and correct or drop the other."
 
 
@@ -23,9 +29,12 @@ def find(case: Case) -> Iterator[Finding]:
     yield from (_finding(*one) for one in found)
     named = {id(pair) for pair, *_ in found}
     short = [(pair, *why) for pair in pairs if id(pair) not in named and (why := _answers(case, pair))]
-    asked = {texts.words(pair.first.question) for pair, *_ in short}
-    if len(asked) <= max(_FEW, _HABIT * len(case.compared)):
-        yield from (_finding(*one) for one in short)
+    answers: dict[str, set[str]] = {}
+    for pair, *_ in short:
+        said = answers.setdefault(texts.words(pair.first.question), set())
+        said |= {texts.words(row.answer) for row in (pair.first, pair.second)}
+    if len(answers) <= max(_FEW, _HABIT * len(case.compared)):
+        yield from (_finding(*one) for one in short if len(answers[texts.words(one[0].first.question)]) <= _OPEN)
 
 
 def _finding(pair: Pair, what: str, one: str, other: str) -> Finding:
@@ -39,9 +48,14 @@ def _labels(case: Case, pair: Pair) -> tuple[str, str, str] | None:
     """Returns the task and both labels of rows that have different ones."""
     for task in case.tasks:
         one, other = task.labels.get(pair.first.line), task.labels.get(pair.second.line)
-        if one is not None and other is not None and one != other:
+        if one is not None and other is not None and one != other and _are_worded_alike(pair):
             return task.name, one, other
     return None
+
+
+def _are_worded_alike(pair: Pair) -> bool:
+    asked = (sameness.sentences(row.question) for row in (pair.first, pair.second))
+    return pair.similarity == 1 or sameness.are_worded_alike(*asked)
 
 
 def _swapped(pair: Pair) -> tuple[str, str, str] | None:
@@ -59,9 +73,19 @@ def _answers(case: Case, pair: Pair) -> tuple[str, str, str] | None:
     if pair.similarity < 1 or any(first.line in task.labels and second.line in task.labels for task in case.tasks):
         return None
     one, other = (texts.words(row.answer).split() for row in (first, second))
-    if not (0 < len(one) <= _SHORT and 0 < len(other) <= _SHORT) or {*one} <= {*other} or {*other} <= {*one}:
+    if not (0 < _size(one) <= _SHORT and 0 < _size(other) <= _SHORT) or _adds(one, other) or _adds(other, one):
         return None
     return "the answer", _shown(first.answer), _shown(second.answer)
+
+
+def _size(words: Sequence[str]) -> float:
+    """Returns the number of words, about, also in scripts without blanks between words."""
+    return sum(max(1, len(_NO_BLANKS.findall(word)) / _WORD) for word in words)
+
+
+def _adds(words: Sequence[str], more: Sequence[str]) -> bool:
+    """Whether an answer only says more than another one."""
+    return {*words} <= {*more} or (_NO_BLANKS.match(words[0]) is not None and more[0].startswith(words[0]))
 
 
 def _shown(answer: str) -> str:
@@ -70,6 +94,9 @@ def _shown(answer: str) -> str:
 
 
 def _same_instructions(pair: Pair) -> bool:
-    """Whether two rows have the same system message; one without it, or with wrong roles, counts as the same."""
+    """Whether two rows have the same tools and system message; one without it, or with wrong roles, counts as the
+    same."""
+    if pair.first.tools != pair.second.tools:
+        return False
     one, other = texts.squash(pair.first.system), texts.squash(pair.second.system)
     return one == other or not one or not other

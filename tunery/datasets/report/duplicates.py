@@ -39,8 +39,8 @@ def _are_equal(pair: Pair, exact: Set[int]) -> bool:
 
 def _may_be_near(pair: Pair) -> bool:
     """Whether answers that are similar are so in meaning. Those in JSON may differ in a label alone, and rows of pairs
-    in the other answer."""
-    if texts.squash(pair.first.rejected) != texts.squash(pair.second.rejected):
+    in the other answer; those with other tools have other questions."""
+    if texts.squash(pair.first.rejected) != texts.squash(pair.second.rejected) or pair.first.tools != pair.second.tools:
         return False
     first, second = pair.first.answer, pair.second.answer
     return texts.load_json(first) is None or texts.squash(first) == texts.squash(second)

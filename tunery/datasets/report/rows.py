@@ -1,5 +1,6 @@
 """Rows as a report sees them, including those that a job would refuse, as the report must name them."""
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,13 +35,15 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `fault`: why a job would refuse it. `rejected`: the text of a pair's other answer. `question`: all that
-    is said before the answer, by system messages not, since these stand before every question alike."""
+    """One row. `fault`: why a job would refuse it. `rejected`: the text of a pair's other answer. `tools`: the names of
+    those that it offers. `question`: all that is said before the answer, by system messages not, since these stand
+    before every question alike."""
 
     line: int
     turns: tuple[Turn, ...]
     fault: str | None = None
     rejected: str = ""
+    tools: tuple[str, ...] = ()
     system: str = field(init=False)
     question: str = field(init=False)
     answer: str = field(init=False)
@@ -141,7 +144,8 @@ def of_example(line: int, example: Example) -> Row:
     if isinstance(example, PlainText):
         return Row(line, (Turn(PLAIN, example.messages[0].content or ""),))
     rejected = _turn(example.dispreferred).text if isinstance(example, Pair) else ""
-    return Row(line, tuple(map(_turn, example.messages)), rejected=rejected)
+    tools = tuple(sorted(tool.function.name for tool in example.tools or ()))
+    return Row(line, tuple(map(_turn, example.messages)), rejected=rejected, tools=tools)
 
 
 def _turn(message: Message) -> Turn:
@@ -160,9 +164,15 @@ def _turns(messages: Any) -> Iterator[Turn]:
 
 
 def _text(content: Any) -> str:
+    """Returns a content's text. What has none in a form that a job would read is not empty: it is written as JSON."""
     if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
-    return content if isinstance(content, str) else ""
+        return "\n".join(map(_part, content))
+    return "" if content is None else _part(content)
+
+
+def _part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else json.dumps(part, ensure_ascii=False, default=str)
 
 
 def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
@@ -176,4 +186,5 @@ def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
 def whole(row: Row) -> str:
     """Returns a row's normalised text; rows are the same if it is equal."""
     said = [f"{turn.role}\x01{texts.squash(turn.text)}" for turn in row.turns]
+    said += [f"tool\x02{name}" for name in row.tools]
     return "\x00".join([*said, texts.squash(row.rejected)] if row.rejected else said)

@@ -6,7 +6,7 @@ less; another question has other words of content in their place.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -16,8 +16,9 @@ _END = re.compile(r"(?<=[.!?:;])\s+|\n+|(?<=[\u3002\uff01\uff1f])")
 _LEAST_QUESTIONS, _SHARE, _LEAST_WORDS = 20, 0.2, 3
 """Different questions from which on, the share of them that must have a sentence, and words that it must have, to be an
 instruction to all of them. A greeting has fewer words."""
-_CONTENT = 4
-"""Least letters of a word of content; in English, stop words are none either."""
+_CONTENT, _NAME = 4, 2
+"""Least letters of a word of content, as shorter ones are often stop words, and of a name or an abbreviation. English
+stop words are neither."""
 _FUNCTION = ENGLISH_STOP_WORDS - {
     "bill", "computer", "cry", "describe", "detail", "empty", "fill", "find", "fire", "full", "interest", "keep",
     "made", "make", "mill", "mine", "move", "name", "part", "serious", "side", "sincere", "system", "take", "thick",
@@ -25,6 +26,12 @@ _FUNCTION = ENGLISH_STOP_WORDS - {
     "sixty", "hundred", "first", "last", "next", "back", "front", "bottom",
 }  # fmt: skip
 """scikit-learn's stop words, without those that say what is asked."""
+_TURNS = """
+no not t never none without except less more fewer least most last first before after above below up down on off
+nicht kein keine keinen nie ohne mehr weniger pas sans plus moins jamais sin nunca menos non senza mai meno
+"""
+_TURNING = frozenset(_TURNS.split())
+"""Words that turn the meaning of the question that has them: `t` is that of `isn't`."""
 _FEW = 0.1
 """The share of the words of content that a long question may have in place of others, and ask the same."""
 _ALIKE = 0.75
@@ -56,19 +63,40 @@ def instructions(questions: Iterable[Sequence[str]]) -> frozenset[str]:
 
 
 def ask_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether similar questions, given by their sentences, have no words of content in place of others."""
+    """Whether similar questions, given by their sentences, have hardly any words of content in place of others."""
     common = set(one) & set(other)
-    rests = [" ".join(part for part in question if part not in common) for question in (one, other)]
+    rests = _without(one, common), _without(other, common)
     here, there = (rest.split() for rest in rests)
     if {*here} <= {*there} or {*there} <= {*here}:
         return True
     if any(len(part.split()) >= _LEAST_WORDS for part in common) and _overlap(*rests) < _REST:
         return False
-    only_here, only_there = _content(here, set(there)), _content(there, set(here))
-    if not only_here or not only_there:
-        return True
-    replaced = min(_unlike(only_here, only_there), _unlike(only_there, only_here))
-    return replaced <= _FEW * max(len(_content(here)), len(_content(there)))
+    replaced = _replaced(here, there, _CONTENT, _is_spelling)
+    return replaced <= _FEW * max(len(_content(here, _CONTENT)), len(_content(there, _CONTENT)))
+
+
+def are_worded_alike(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether similar questions, given by their sentences, differ in nothing that may be the reason for another answer:
+    a word in place of another that is no typing error, one that turns the meaning, or the order of words."""
+    common = set(one) & set(other)
+    here, there = (_without(question, common).split() for question in (one, other))
+    if _TURNING & ({*here} ^ {*there}) or _replaced(here, there, _NAME, _is_typo):
+        return False
+    ordered = [word for word in here if word in there], [word for word in there if word in here]
+    return ordered[0] == ordered[1] or sorted(ordered[0]) != sorted(ordered[1])
+
+
+def _without(question: Iterable[str], common: Collection[str]) -> str:
+    return " ".join(part for part in question if part not in common)
+
+
+_Compare = Callable[[str, str], bool]
+
+
+def _replaced(here: Sequence[str], there: Sequence[str], least: int, is_same: _Compare) -> int:
+    """Returns how many words of content stand in place of others."""
+    one, other = _content(here, least, set(there)), _content(there, least, set(here))
+    return min(_unlike(one, other, is_same), _unlike(other, one, is_same)) if one and other else 0
 
 
 def _overlap(one: str, other: str) -> float:
@@ -76,26 +104,38 @@ def _overlap(one: str, other: str) -> float:
     return len(here & there) / len(here | there)
 
 
-def _content(words: Iterable[str], known: Collection[str] = ()) -> list[str]:
-    """Returns the different words of content that are not known."""
-    found = {word for word in words if len(word) >= _CONTENT and word not in known}
+def _content(words: Iterable[str], least: int, known: Collection[str] = ()) -> list[str]:
+    """Returns the different words of content of at least that many letters that are not known."""
+    found = {word for word in words if len(word) >= least and word not in known}
     return sorted(found - _FUNCTION)
 
 
-def _unlike(words: Sequence[str], others: Sequence[str]) -> int:
-    """Returns how many words are no other spelling of one of the others."""
-    return sum(not any(_is_spelling(word, other) for other in others[:_MOST]) for word in words[:_MOST])
+def _unlike(words: Sequence[str], others: Sequence[str], is_same: _Compare) -> int:
+    """Returns how many words are the same as none of the others."""
+    return sum(not any(is_same(word, other) for other in others[:_MOST]) for word in words[:_MOST])
+
+
+def _is_typo(word: str, other: str) -> bool:
+    """Whether words differ in one letter or in the order of two. A short word with another letter is another."""
+    _, one, two = _difference(word, other)
+    is_swapped = len(one) == 2 and one == two[::-1]
+    return is_swapped or (max(len(one), len(two)) <= 1 and (len(one) != len(two) or len(word) >= _CONTENT))
 
 
 def _is_spelling(word: str, other: str) -> bool:
     """Whether words differ in one letter, in the order of two, or in little of their length, or have one stem."""
-    shorter, longest = min(len(word), len(other)), max(len(word), len(other))
     if word[0] != other[0] and word[-1] != other[-1]:
         return False
+    longest = max(len(word), len(other))
+    start, one, two = _difference(word, other)
+    has_one_stem = start >= max(_STEM, _STEM_SHARE * longest)
+    return has_one_stem or longest - max(len(one), len(two)) >= _ALIKE * longest or _is_typo(word, other)
+
+
+def _difference(word: str, other: str) -> tuple[int, str, str]:
+    """Returns how many letters the words begin with, and what each has between their common beginning and end."""
+    shorter = min(len(word), len(other))
     start = next((at for at in range(shorter) if word[at] != other[at]), shorter)
     rest = shorter - start
     end = next((at for at in range(rest) if word[-1 - at] != other[-1 - at]), rest)
-    one, two = word[start : len(word) - end], other[start : len(other) - end]
-    is_swapped = len(one) == 2 and one == two[::-1]
-    has_one_stem = start >= max(_STEM, _STEM_SHARE * longest)
-    return max(len(one), len(two)) <= 1 or is_swapped or has_one_stem or start + end >= _ALIKE * longest
+    return start, word[start : len(word) - end], other[start : len(other) - end]

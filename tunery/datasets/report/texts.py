@@ -6,6 +6,8 @@ from typing import Any
 
 WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+")
+NO_BLANKS = "\u3040-\u30ff\u3400-\u9fff"
+"""Letters of scripts without blanks between words, as a range of a pattern."""
 
 
 def squash(text: str) -> str:

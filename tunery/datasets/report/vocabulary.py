@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
+from tunery.datasets.report import texts
 from tunery.datasets.report.dictionary import Dictionary
 from tunery.datasets.report.rows import Row
 
@@ -27,9 +28,8 @@ _MOST_WORDS = 500_000
 _LINES, _START, _ASKED = 12, 60, 2000
 """Lines of an answer that are compared, characters of a line in which its first words are, and of a question that are
 read."""
-_NO_BLANKS = "\u3040-\u30ff\u3400-\u9fff"
-"""Scripts without blanks between words: each character counts as a word."""
-WORD = re.compile(rf"[{_NO_BLANKS}]|[^\W_{_NO_BLANKS}]+(?:['’][^\W\d_]+)*")  # noqa: RUF001 (an apostrophe)
+WORD = re.compile(rf"[{texts.NO_BLANKS}]|[^\W_{texts.NO_BLANKS}]+(?:['’][^\W\d_]+)*")  # noqa: RUF001 (an apostrophe)
+"""Where there are no blanks between words, each character counts as one."""
 _ENDING = re.compile(rf"({WORD.pattern})(?=[.!?]\s|[。！？]|[^\w\n]*\n)")  # noqa: RUF001 (likewise)
 _APOSTROPHE = re.compile(r"\w['’]$")  # noqa: RUF001 (likewise)
 _QUOTE = re.compile(r"(?:^|[\s(\[])['‘]")  # noqa: RUF001 (likewise)
