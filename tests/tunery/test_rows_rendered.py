@@ -73,6 +73,36 @@ def test_texts_about_markers_are_not_warned_of(text: str) -> None:
     assert find_marker(text) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "speaker"),
+    [
+        ("### Human: Which way?### Assistant: Left.", "### Human:"),
+        ("### Instruction:\nName it.\n\n### Response:\nIt", "### Instruction:"),
+        ("Below is an instruction that describes a task.\n\n### Instruction:\nName it.", "Below is an instruction"),
+        ("\n\nHuman: Which way?\n\nAssistant: Left.", "Human:"),
+        ("USER: Which way?\nOr none?\nASSISTANT: Left.", "USER:"),
+    ],
+)
+def test_plain_texts_that_are_conversations_are_warned_of(text: str, speaker: str) -> None:
+    summary = check_examples([jsonl(DOCUMENT, {"text": text})], role="validation")
+    [warning] = [warning for warning in summary.warnings(2048) if "are conversations" in warning]
+    assert warning.startswith(f"1 of 2 texts are conversations that begin with '{speaker}': line 2.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Human: an animal. The Assistant: a film.", "### Rivers\nHuman: none", "User: ana\nNew line\n" + "\n" * 50_000],
+    ids=["one line", "a heading", "no answer"],
+)
+def test_other_texts_are_no_conversations(text: str) -> None:
+    assert not check_examples([jsonl({"text": text})], role="validation").spoken
+
+
+def test_chats_that_begin_like_conversations_are_not_plain_texts() -> None:
+    row = {"prompt": "### Human: Which way?", "completion": "Left."}
+    assert not check_examples([jsonl(row)], role="validation").spoken
+
+
 def test_chatml_may_have_lines_of_windows() -> None:
     [(_, example)] = read_examples([jsonl({"text": CHATML["text"].replace("\n", "\r\n")})], "training")
     assert [(message.role, message.content) for message in example.messages] == [("user", "q"), ("assistant", "a")]

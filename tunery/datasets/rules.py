@@ -12,9 +12,9 @@ from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained
 from tunery.rows.errors import CannotRender
-from tunery.rows.messages import Example, FileRole, is_answerable
+from tunery.rows.messages import Example, FileRole, PlainText, is_answerable
 from tunery.rows.preferences import Pair
-from tunery.rows.rendered import find_marker, may_have_marker
+from tunery.rows.rendered import find_marker, find_speaker, may_have_marker
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
@@ -32,8 +32,9 @@ class Summary:
     a part of an answer, `unlearnable`: lines that lose every answer and are left out.
     `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer is empty as the
     template writes it. `spelled`: lines that spell special tokens, which they keep as text. `rendered`: lines with a
-    message that begins or ends with a template's marker, and the marker. `unknown_keys`: those of
-    the rows that are read by nobody, in the order in which they came. `shape`: what the rows' columns become.
+    message that begins or ends with a template's marker, and the marker. `spoken`: lines with a plain text that is a
+    conversation, and how it begins. `unknown_keys`: those of the rows that are read by nobody, in the order in which
+    they came. `shape`: what the rows' columns become.
     `answer_tokens`: lines with the tokens of the answers that they want, of rows that a model is going to answer."""
 
     examples: int = 0
@@ -48,6 +49,7 @@ class Summary:
     unknown_keys: dict[str, None] = field(default_factory=dict)
     spelled: dict[int, tuple[str, ...]] = field(default_factory=dict)
     rendered: dict[int, str] = field(default_factory=dict)
+    spoken: dict[int, str] = field(default_factory=dict)
     with_tools: int = 0
     answer_tokens: list[tuple[int, int]] = field(default_factory=list)
     shape: FileShape = field(default_factory=FileShape, compare=False)
@@ -125,6 +127,13 @@ class Summary:
                 f"a chat template ({', '.join(sorted(set(self.rendered.values()))[:_SHOWN])}): "
                 f"{_lines(list(self.rendered))}. The template of the job's model writes its own, and these would be "
                 "read and learned as plain text. Remove them, and send each turn as a message of its own."
+            )
+        if self.spoken:
+            found.append(
+                f"{len(self.spoken)} of {self.examples} texts are conversations that begin with "
+                f"'{next(iter(self.spoken.values()))}': {_lines(list(self.spoken))}. In plain texts, questions are "
+                "learned too, and the model will be asked by its chat template, not in this form. Send them as "
+                "'messages'."
             )
         if self.spelled:
             tokens = sorted({token for spelled in self.spelled.values() for token in spelled})
@@ -266,6 +275,8 @@ def _count(summary: Summary, number: int, example: Example) -> None:
     summary.unknown_keys.update(dict.fromkeys(example.unknown_keys))
     if any(message.is_trained and message.is_silent for message in example.messages):
         summary.silent.append(number)
+    if isinstance(example, PlainText) and (speaker := find_speaker(example.messages[0].content or "")):
+        summary.spoken[number] = speaker
     messages = [*example.messages, example.dispreferred] if isinstance(example, Pair) else example.messages
     for message in messages:
         if (text := message.content) and may_have_marker(text) and (marker := find_marker(text)):

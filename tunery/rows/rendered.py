@@ -14,6 +14,11 @@ _BEGIN = re.compile(
     rf"\s*(?:(?:{'|'.join(map(re.escape, _BOS))})\s*)?({_TURN}|{re.escape(CHATML_BEGIN)})"
     rf"|\s*({'|'.join(map(re.escape, _BOS[1:]))})"  # <s> alone may be HTML
 )
+_SPEAKER = re.compile(
+    r"\s*(###\s?(?:Human|User|Instruction|Input|Assistant|Response):|Below is an instruction"
+    r"|(?:Human|HUMAN|User|USER):(?=(?:[^\n]*\n)+?[ \t]*(?:Assistant|ASSISTANT|AI):))"
+)
+"""How conversations begin that are written as texts: `### Human:`, or `Human:` where a later line has `Assistant:`."""
 _ENDS = (*_EOS, CHATML_END, "<|eot_id|>", "<end_of_turn>", "<|end|>", "[/INST]")
 
 
@@ -33,6 +38,12 @@ def find_turn(text: str) -> str | None:
     """Returns the marker of a turn with which a text begins, if it is not ChatML's; None if there is none."""
     found = _CONVERSATION.match(bare(text))
     return found and found[0]
+
+
+def find_speaker(text: str) -> str | None:
+    """Returns the name of a speaker with which a text begins that is a conversation; None if there is none."""
+    found = _SPEAKER.match(text)
+    return found and found[1]
 
 
 def may_have_marker(text: str) -> bool:

@@ -11,8 +11,9 @@ import phonenumbers
 from phonenumbers import Leniency, NumberParseException, PhoneNumberMatcher
 
 _INTERNATIONAL = re.compile(
-    r"(?<![\w/*=-])(?:\((?=\+\d{1,3}\)))?\+(?:[\d\s().-]|/(?=\d{3})|/ (?=\d{3})){6,}\d(?![\w*=-]|/\d)"
+    r"(?<![\w/*=-])(?!(?<=[\d)] )\+ )(?:\((?=\+\d{1,3}\)))?\+(?:[\d\s().-]|/(?=\d{3})|/ (?=\d{3})){6,}\d(?![\w*=-]|/\d)"
 )
+"""Not what a sum adds: `2 + 442079460018`."""
 _NATIONAL = re.compile(
     r"""(?<![A-Za-z0-9_.,/*+$€£¥₹\#-]) (?<![\d$€£¥₹][ ]) (?<!\d\)[ ])
     (?: 00 [ ]? [1-9]\d{0,3} (?: [ ]? \(0\) [ ]? \d{1,5} )? (?: [ ./-] \d{1,8} ){1,6}  # abroad
