@@ -62,7 +62,7 @@ def test_a_value_that_is_not_in_its_question_is_named_first() -> None:
     wrong.append(row(82, "Weather in Oslo, day 82?", about="food", slots={"party": "9"}))
     case = Case([*rows_of(60), *wrong])
 
-    share = 60 / 63
+    share = 1 - 5 * (1 - 60 / 63)
     assert quotes.find(case).missing == {80: (share / 2, "rome"), 81: (share, "bergen"), 82: (share, "9")}
     findings = [(finding.lines, finding.score, finding.why) for finding in mislabels.find(case)]
     assert findings[0] == ([81], share, WHY.format("bergen"))
@@ -92,6 +92,31 @@ def test_a_recurring_value_of_another_row_is_named() -> None:
 def test_numbers_are_quoted_however_they_are_written(asked: str, number: float) -> None:
     assert missing(trips({60: {"seats": number}}, {60: asked})) == {}
     assert missing(trips({60: {"seats": 77}}, {60: asked})) == {60: "77"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "value", "is_there"),
+    [
+        ("13 March 2026", "2026-03-13", True),
+        ("3/13/2026", "2026-03-13", True),
+        ("14 March 2026", "2026-03-13", False),
+        ("half past 3, 30 minutes", "15:30", True),
+        ("3 pm", "15:00", True),
+        ("4 pm", "15:00", False),
+        ("at 13", "room 13", False),
+    ],
+)
+def test_dates_and_times_are_quoted_in_other_forms(asked: str, value: str, is_there: bool) -> None:
+    rows = [row(at, f"Job {at}: on week {at} of all", when=f"week {at}") for at in range(100, 180)]
+    assert missing([*rows, row(1, f"It is on {asked}", when=value)]) == ({} if is_there else {1: value})
+
+
+def test_values_that_many_rows_write_in_another_form_are_in_doubt() -> None:
+    rows = [row(at, f"Job {at}: on week {at} of all", when=f"week {at}") for at in range(100, 190)]
+    rows += [row(at, f"Job {at}: in the week after", when="next week") for at in range(11)]
+    certain = [certainty for certainty, _ in quotes.find(Case(rows)).missing.values()]
+    assert len(certain) == 11
+    assert max(certain) < 0.5  # a recommended cleaning keeps them
 
 
 def test_a_number_inside_another_is_no_quote() -> None:

@@ -207,6 +207,14 @@ def test_an_open_question_has_no_contradictions(tmp_path: Path) -> None:
     assert found == [[1, 2], [1, 3]]
 
 
+def test_an_open_question_with_recurring_answers_has_no_contradictions(tmp_path: Path) -> None:
+    fruits = ("Apple", "Pear", "Plum", "Fig") * 5
+    rows = pairs(*(("Name a fruit.", fruit) for fruit in fruits), ("Name a red fruit.", "Apple"), ("Is it?", "Fig"))
+    assert not lines(maker.make(written(tmp_path / "rows.jsonl", [*rows, *pairs(("Is it?", "Fig"))])), "contradiction")
+    found = lines(maker.make(written(tmp_path / "rows.jsonl", [*rows, *pairs(("Is it?", "Plum"))])), "contradiction")
+    assert found == [[22, 23]]
+
+
 def test_labels_of_questions_in_another_wording_do_not_contradict_each_other(tmp_path: Path) -> None:
     place = "The town of Holm has a bridge, a mill, two schools and a market in the square below the church."
     asked = [f"{place} On {day}, is the {what} open?" for day in ("Monday", "Sunday") for what in ("mill", "bridge")]

@@ -1,7 +1,8 @@
 """Finds rows that answer the same question differently: with another label, another short answer or a swapped pair."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from tunery.datasets.report import sameness, texts
 from tunery.datasets.report.case import Case, Finding
@@ -25,16 +26,39 @@ def find(case: Case) -> Iterator[Finding]:
     with different short answers or with the preferred and the rejected answer swapped.
     """
     pairs = [pair for pair in case.pairs if not pair.leaked and _same_instructions(pair)]
-    found = [(pair, *why) for pair in pairs if (why := _labels(case, pair) or _swapped(pair))]
-    yield from (_finding(*one) for one in found)
-    named = {id(pair) for pair, *_ in found}
-    short = [(pair, *why) for pair in pairs if id(pair) not in named and (why := _answers(case, pair))]
+    swapped = [_Found(pair, *why) for pair in pairs if (why := _swapped(pair))]
+    known = {id(one.pair) for one in swapped}
+    labelled = [_Found(pair, *why) for pair in pairs if id(pair) not in known and (why := _labels(case, pair))]
+    short = [_Found(pair, *why) for pair in pairs if id(pair) not in known and (why := _answers(case, pair))]
+    answers = _by_question([*labelled, *short])
+    asked = {one.question for one in short}
+    if len(asked) > max(_FEW, _HABIT * len(case.compared)):
+        short = []
+    for one in [*labelled, *swapped, *short]:
+        if len(answers.get(one.question, ())) <= _OPEN:
+            yield _finding(*one)
+
+
+class _Found(NamedTuple):
+    """A pair of rows, what they have different ones of, and both."""
+
+    pair: Pair
+    what: str
+    one: str
+    other: str
+
+    @property
+    def question(self) -> str:
+        return texts.words(self.pair.second.question)
+
+
+def _by_question(found: Iterable[_Found]) -> dict[str, set[str]]:
+    """Returns the different answers to each question, of pairs that have the same one."""
     answers: dict[str, set[str]] = {}
-    for pair, *_ in short:
-        said = answers.setdefault(texts.words(pair.first.question), set())
-        said |= {texts.words(row.answer) for row in (pair.first, pair.second)}
-    if len(answers) <= max(_FEW, _HABIT * len(case.compared)):
-        yield from (_finding(*one) for one in short if len(answers[texts.words(one[0].first.question)]) <= _OPEN)
+    for one in found:
+        if one.pair.similarity == 1:
+            answers.setdefault(one.question, set()).update((one.one, one.other))
+    return answers
 
 
 def _finding(pair: Pair, what: str, one: str, other: str) -> Finding:
