@@ -228,6 +228,12 @@ def test_answers_cut_inside_json_code_and_labels() -> None:
     assert lines(truncation.find, case) == [[40], [41], [42]]
 
 
+def test_a_number_is_no_beginning_of_another_one() -> None:
+    sums = [(one, other) for one in range(1, 20) for other in range(1, 20)]
+    rows = [row(at, f"What is {one} plus {other}?", str(one + other)) for at, (one, other) in enumerate(sums, 1)]
+    assert lines(truncation.find, Case(rows)) == []
+
+
 def test_text_that_breaks_off() -> None:
     dice = random.Random(3)
     words = [

@@ -15,6 +15,7 @@ LONG = (
     "The delivery of the new bank card that I ordered online from the office in Leeds has not arrived at my home after "
     "waiting for several weeks"
 )
+TOKYO = "\u6771\u4eac\u306e\u5929\u6c17\u306b\u3064\u3044\u3066\u6559\u3048\u3066"
 SAME = [
     ("I want to return an item.", "Hi, i want to return an item."),
     ("My card is lost! What do I do now?", "My card is lost! What do I do now please"),
@@ -35,6 +36,10 @@ SAME = [
     ("what is needed for the identity verification", "what do you need for the identity verification"),
     ("The course is about Go.\nDiscount: half\nUse the code: GOLANG", "The course is about Go.\nDiscount: half\n"
      "Use the code: GOLANG Many thanks!"),
+    ("Wie sperre ich die Karte von meinem Konto?", "Hallo, wie sperre ich meine Karte von dem Konto?"),
+    ("¿Cómo cambio el PIN de la tarjeta?", "¿Cómo cambio mi PIN de una tarjeta?"),
+    ("How do I change the pin of it?", "how do i change the pni of it"),
+    (TOKYO, f"{TOKYO}\u304f\u3060\u3055\u3044"),
     ("List the courses that an expert in a field takes.\n\nGraphic Design",
      "List the courses that an expert in a field takes. Graphic"),
 ]  # fmt: skip
@@ -45,6 +50,11 @@ CONTEXT = (
 DIFFERENT = [
     ("What is the capital of France?", "What is the capital of Germany?"),
     ("I want to dispute the payment I made on a telescope", "I want to dispute the payment I made on a tent"),
+    ("Show the name of all clients sorted by age", "Show the name of all clients sorted by city"),
+    ("Meine Lampe aus der Filiale Ulm ist kaputt. Was soll ich tun?",
+     "Meine Lampe aus der Filiale Dresden ist kaputt. Was soll ich tun?"),
+    (TOKYO, TOKYO.replace("\u6771\u4eac", "\u5927\u962a")),
+    ("Show the name of all users sorted by date", "Show the date of all users sorted by name"),
     ("Classify the tone of this review.\nI love this lamp", "Classify the tone of this review.\nthe tent leaks"),
     ("Translate to French: the house by the sea is empty", "Translate to German: the house by the sea is empty"),
     (f"{CONTEXT}Who raised the tower?", f"{CONTEXT}How tall is it?"),

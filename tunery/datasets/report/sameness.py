@@ -12,20 +12,32 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from tunery.datasets.report import shingles, texts
 
-_END = re.compile(r"(?<=[.!?:;])\s+|\n+|(?<=[\u3002\uff01\uff1f])")
+_END = re.compile(r"(?<=[.!?:;\u061b\u061f])\s+|\n+|(?<=[\u3002\uff01\uff1a\uff1b\uff1f])")
+_NO_BLANKS = re.compile(f"[{texts.NO_BLANKS}]")
 _LEAST_QUESTIONS, _SHARE, _LEAST_WORDS = 20, 0.2, 3
 """Different questions from which on, the share of them that must have a sentence, and words that it must have, to be an
 instruction to all of them. A greeting has fewer words."""
-_CONTENT, _NAME = 4, 2
-"""Least letters of a word of content, as shorter ones are often stop words, and of a name or an abbreviation. English
-stop words are neither."""
-_FUNCTION = ENGLISH_STOP_WORDS - {
+_CONTENT, _LEAST_LETTERS = 4, 2
+"""Letters from which on a word may be another one's form, and least letters of a word of content."""
+_SHORT_WORDS = """
+aan ab al als am an att au auf aus aux av avec bei bij bin bis btw ce ces cet che chi ci co con cui czy da dal dan das
+dat de del dem den der des det di die dir dit do dos du e een ein el em en er era es esa ese eso est este et ett euch
+eux foi fra för für ga gli ha had hai har hat hay heb het hey hi hij ho hoe i ich ihm ihn ihr ik il ile ils im in ins
+io is ist ja jag jak je już kan la las le les leur li lo los là ma maar mal man me med men mes met mi mia mij mijn min
+mio mir mis mit mon muy na naar nas ne nee nel nie niet no non nos nu nun nur o ob och od of oh ok okay om on ons ook
+op os ou où par para pas per più pls plz po por på que qui qué sa se sei ser ses si sie sin się so som son sta su sul
+sur sus sí są ta te tes thx till to toe toi ton tot tra tu tua tuo tus ty u uit um uma un una und une uno uns uw van vi
+von vor vos vous war was we wel wer wie wij wir wo y ya yo z za ze zij zo zu zum zur ça
+"""
+"""Words of few letters that say little in German, Spanish, Portuguese, French, Italian, Dutch, Swedish or Polish, and
+of chats."""
+_FUNCTION = {*ENGLISH_STOP_WORDS, *_SHORT_WORDS.split()} - {
     "bill", "computer", "cry", "describe", "detail", "empty", "fill", "find", "fire", "full", "interest", "keep",
     "made", "make", "mill", "mine", "move", "name", "part", "serious", "side", "sincere", "system", "take", "thick",
     "thin", "three", "four", "five", "eight", "nine", "eleven", "twelve", "fifteen", "twenty", "forty", "fifty",
     "sixty", "hundred", "first", "last", "next", "back", "front", "bottom",
 }  # fmt: skip
-"""scikit-learn's stop words, without those that say what is asked."""
+"""Those, and scikit-learn's English stop words, without words that say what is asked."""
 _TURNS = """
 no not t never none without except less more fewer least most last first before after above below up down on off
 nicht kein keine keinen nie ohne mehr weniger pas sans plus moins jamais sin nunca menos non senza mai meno
@@ -68,11 +80,11 @@ def ask_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
     rests = _without(one, common), _without(other, common)
     here, there = (rest.split() for rest in rests)
     if {*here} <= {*there} or {*there} <= {*here}:
-        return True
+        return not _are_reordered(here, there)
     if any(len(part.split()) >= _LEAST_WORDS for part in common) and _overlap(*rests) < _REST:
         return False
-    replaced = _replaced(here, there, _CONTENT, _is_spelling)
-    return replaced <= _FEW * max(len(_content(here, _CONTENT)), len(_content(there, _CONTENT)))
+    replaced = _replaced(here, there, _is_spelling)
+    return replaced <= _FEW * max(len(_content(here)), len(_content(there)))
 
 
 def are_worded_alike(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -80,10 +92,13 @@ def are_worded_alike(one: Sequence[str], other: Sequence[str]) -> bool:
     a word in place of another that is no typing error, one that turns the meaning, or the order of words."""
     common = set(one) & set(other)
     here, there = (_without(question, common).split() for question in (one, other))
-    if _TURNING & ({*here} ^ {*there}) or _replaced(here, there, _NAME, _is_typo):
+    if _TURNING & ({*here} ^ {*there}) or _replaced(here, there, _is_typo):
         return False
-    ordered = [word for word in here if word in there], [word for word in there if word in here]
-    return ordered[0] == ordered[1] or sorted(ordered[0]) != sorted(ordered[1])
+    return not _are_reordered([word for word in here if word in there], [word for word in there if word in here])
+
+
+def _are_reordered(words: Sequence[str], others: Sequence[str]) -> bool:
+    return words != others and sorted(words) == sorted(others)
 
 
 def _without(question: Iterable[str], common: Collection[str]) -> str:
@@ -93,9 +108,9 @@ def _without(question: Iterable[str], common: Collection[str]) -> str:
 _Compare = Callable[[str, str], bool]
 
 
-def _replaced(here: Sequence[str], there: Sequence[str], least: int, is_same: _Compare) -> int:
+def _replaced(here: Sequence[str], there: Sequence[str], is_same: _Compare) -> int:
     """Returns how many words of content stand in place of others."""
-    one, other = _content(here, least, set(there)), _content(there, least, set(here))
+    one, other = _content(here, set(there)), _content(there, set(here))
     return min(_unlike(one, other, is_same), _unlike(other, one, is_same)) if one and other else 0
 
 
@@ -104,9 +119,9 @@ def _overlap(one: str, other: str) -> float:
     return len(here & there) / len(here | there)
 
 
-def _content(words: Iterable[str], least: int, known: Collection[str] = ()) -> list[str]:
-    """Returns the different words of content of at least that many letters that are not known."""
-    found = {word for word in words if len(word) >= least and word not in known}
+def _content(words: Iterable[str], known: Collection[str] = ()) -> list[str]:
+    """Returns the different words of content that are not known."""
+    found = {word for word in words if len(word) >= _LEAST_LETTERS and word not in known}
     return sorted(found - _FUNCTION)
 
 
@@ -115,11 +130,14 @@ def _unlike(words: Sequence[str], others: Sequence[str], is_same: _Compare) -> i
     return sum(not any(is_same(word, other) for other in others[:_MOST]) for word in words[:_MOST])
 
 
-def _is_typo(word: str, other: str) -> bool:
-    """Whether words differ in one letter or in the order of two. A short word with another letter is another."""
+def _is_typo(word: str, other: str, least: int = _CONTENT) -> bool:
+    """Whether words differ in one letter or in the order of two. With another letter, a word of less than `least` is
+    another word, and so is what has no blanks between its words."""
     _, one, two = _difference(word, other)
+    if _NO_BLANKS.search(word):
+        return not one or not two
     is_swapped = len(one) == 2 and one == two[::-1]
-    return is_swapped or (max(len(one), len(two)) <= 1 and (len(one) != len(two) or len(word) >= _CONTENT))
+    return is_swapped or (max(len(one), len(two)) <= 1 and (len(one) != len(two) or len(word) >= least))
 
 
 def _is_spelling(word: str, other: str) -> bool:
@@ -127,6 +145,8 @@ def _is_spelling(word: str, other: str) -> bool:
     if word[0] != other[0] and word[-1] != other[-1]:
         return False
     longest = max(len(word), len(other))
+    if longest < _CONTENT or _NO_BLANKS.search(word):
+        return _is_typo(word, other, _LEAST_LETTERS + 1)
     start, one, two = _difference(word, other)
     has_one_stem = start >= max(_STEM, _STEM_SHARE * longest)
     return has_one_stem or longest - max(len(one), len(two)) >= _ALIKE * longest or _is_typo(word, other)

@@ -114,7 +114,7 @@ def _open_at_end(text: str) -> bool:
 
 def _part_of_label(case: Case, row: Row) -> str | None:
     answer = texts.squash(row.answer)
-    for task in case.tasks:
+    for task in case.tasks if not answer.isdecimal() else ():  # 2 is no part of 26
         if not task.key and row.line not in task.labels:
             whole = next((label for label in set(task.labels.values()) if label.startswith(answer)), None)
             if whole is not None:
