@@ -20,17 +20,18 @@ instruction to all of them. A greeting has fewer words."""
 _CONTENT, _LEAST_LETTERS = 4, 2
 """Letters from which on a word may be another one's form, and least letters of a word of content."""
 _SHORT_WORDS = """
-aan ab al als am an att au auf aus aux av avec bei bij bin bis btw ce ces cet che chi ci co con cui czy da dal dan das
-dat de del dem den der des det di die dir dit do dos du e een ein el em en er era es esa ese eso est este et ett euch
-eux foi fra för für ga gli ha had hai har hat hay heb het hey hi hij ho hoe i ich ihm ihn ihr ik il ile ils im in ins
-io is ist ja jag jak je już kan la las le les leur li lo los là ma maar mal man me med men mes met mi mia mij mijn min
-mio mir mis mit mon muy na naar nas ne nee nel nie niet no non nos nu nun nur o ob och od of oh ok okay om on ons ook
-op os ou où par para pas per più pls plz po por på que qui qué sa se sei ser ses si sie sin się so som son sta su sul
-sur sus sí są ta te tes thx till to toe toi ton tot tra tu tua tuo tus ty u uit um uma un una und une uno uns uw van vi
-von vor vos vous war was we wel wer wie wij wir wo y ya yo z za ze zij zo zu zum zur ça
+aan ab al als am an aren att au auf aus aux av avec bei bij bin bis btw ce ces cet che chi ci co con couldn cui czy da
+dal dan das dat de del dem den der des det di didn die dir dit do doesn don dos du e een ein el em en er era es esa ese
+eso est este et ett euch eux foi fra för für ga gli ha had hadn hai har hasn hat haven hay heb het hey hi hij ho hoe i
+ich ihm ihn ihr ik il ile ils im in ins io is isn ist ja jag jak je już kan la las le les leur li ll lo los là ma maar
+mal man me med men mes met mi mia mij mijn min mio mir mis mit mon muy na naar nas ne nee nel nie niet no non nos nu
+nun nur o ob och od of oh ok okay om on ons ook op os ou où par para pas per più pls plz po por på que qui qué re sa se
+sei ser ses shouldn si sie sin się so som son sta su sul sur sus sí są ta te tes thx till to toe toi ton tot tra tu tua
+tuo tus ty u uit um uma un una und une uno uns uw van ve vi von vor vos vous war was wasn we wel wer weren wie wij wir
+wo won wouldn y ya yo z za ze zij zo zu zum zur ça
 """
 """Words of few letters that say little in German, Spanish, Portuguese, French, Italian, Dutch, Swedish or Polish, and
-of chats."""
+in chats, and what stands before the apostrophe of `isn't` or after that of `we've`."""
 _FUNCTION = {*ENGLISH_STOP_WORDS, *_SHORT_WORDS.split()} - {
     "bill", "computer", "cry", "describe", "detail", "empty", "fill", "find", "fire", "full", "interest", "keep",
     "made", "make", "mill", "mine", "move", "name", "part", "serious", "side", "sincere", "system", "take", "thick",
@@ -80,7 +81,7 @@ def ask_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
     rests = _without(one, common), _without(other, common)
     here, there = (rest.split() for rest in rests)
     if {*here} <= {*there} or {*there} <= {*here}:
-        return not _are_reordered(here, there)
+        return not _are_exchanged(here, there)
     if any(len(part.split()) >= _LEAST_WORDS for part in common) and _overlap(*rests) < _REST:
         return False
     replaced = _replaced(here, there, _is_spelling)
@@ -99,6 +100,17 @@ def are_worded_alike(one: Sequence[str], other: Sequence[str]) -> bool:
 
 def _are_reordered(words: Sequence[str], others: Sequence[str]) -> bool:
     return words != others and sorted(words) == sorted(others)
+
+
+def _are_exchanged(words: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether up to two words stand in the place of others farther on, and these in theirs: `from Bath to York`."""
+    if not _are_reordered(words, others):
+        return False
+    begin = next(at for at, pair in enumerate(zip(words, others, strict=True)) if pair[0] != pair[1])
+    end = next(at for at in range(len(words), 0, -1) if words[at - 1] != others[at - 1])
+    one, two = words[begin:end], others[begin:end]
+    sizes = ((left, right) for left in (1, 2) for right in (1, 2) if left + right < len(one))
+    return any([*one[-right:], *one[left:-right], *one[:left]] == [*two] for left, right in sizes)
 
 
 def _without(question: Iterable[str], common: Collection[str]) -> str:
