@@ -186,17 +186,27 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
     assert len(seen) == 4
 
 
-def test_recorded_steps_of_uneven_rows_have_few_shapes() -> None:
+@pytest.mark.parametrize(
+    ("rows", "lengths", "most", "padding"),
+    [(8, (60, 700), 20, 0.06), (4, (60, 700), 20, 0.06), (8, (20, 100), 8, 0.08), (1, (60, 2000), 48, 0.04)],
+)
+def test_recorded_steps_of_uneven_rows_have_few_shapes(
+    rows: int, lengths: tuple[int, int], most: int, padding: float
+) -> None:
     numbers = random.Random(4)
     shapes = set()
+    tokens = padded = 0
     for _ in range(200):
-        rows = [Row([5] * n, [IGNORED] * (n // 3) + [5] * (n - n // 3)) for n in numbers.choices(range(60, 700), k=8)]
-        batch = collate(singles(rows), [[*range(8)]], CPU, cuda_graphs.PAD_TO, borders=True)
+        drawn = [
+            Row([5] * n, [IGNORED] * (n // 3) + [5] * (n - n // 3)) for n in numbers.choices(range(*lengths), k=rows)
+        ]
+        batch = collate(singles(drawn), [[*range(rows)]], CPU, cuda_graphs.PAD_TO, borders=True)
         assert batch.borders is not None
-        assert batch.input_ids.shape[1] <= batch.tokens + 255
+        tokens, padded = tokens + batch.tokens, padded + batch.input_ids.numel()
         shapes.add(cuda_graphs._shape(batch))
 
-    assert len(shapes) <= cuda_graphs.MOST_GRAPHS // 2
+    assert len(shapes) <= most
+    assert padded <= (1 + padding) * tokens
 
 
 def test_next_step_is_built_once_unless_the_memory_plan_changes(

@@ -111,10 +111,13 @@ MOST_PADDING = 0.05
 """Fraction of padding up to which rows form a rectangle even if their borders could be given: torch's attention over
 one is up to 1.8 times as fast as that over rows of any length, and takes a tenth of a step's time at 2,048 tokens.
 """
-PACKED_PAD_FACTOR, ENDS_PAD_TO, TARGETS_PAD_TO = 8, 16, 4
-"""The sizes of concatenated rows vary more from step to step than a rectangle's: coarser padding keeps the number of
-recorded shapes small. Targets are padded to a multiple of a fourth of the length.
+CONCATENATED_TO, ALONE_TO = (8, 64), (16, 32)
+"""Padding of recorded shapes whose tokens vary from step to step, as those of concatenated rows and of a row alone do:
+to a multiple of this fraction of the largest power of two that the tokens reach, of so many tokens at least and of
+MOST_PADDED at most. Few shapes are recorded, and little is padded. Targets are padded to a multiple of a fourth of it.
 """
+MOST_PADDED, TARGETS_PAD_TO = 256, 4
+FEW_ENDS, ENDS_PAD_TO, LEAST_LONGEST = 8, 16, 1024
 
 
 @dataclass(frozen=True)
@@ -334,9 +337,9 @@ def collate(
         in_line = [len(row) for row in together]
         flat = len(in_line) * max(in_line) > (1 + MOST_PADDING) * sum(in_line)
         sequences = [together] if flat else [[row] for row in together]
-        if flat and pad_to[0] > 1:
-            width = _up(sum(in_line), pad_to[0] * PACKED_PAD_FACTOR)
-            pad_to = pad_to[0] * PACKED_PAD_FACTOR, _up(width // TARGETS_PAD_TO, pad_to[1])
+        if pad_to[0] > 1 and (flat or len(in_line) == 1):
+            step = _step(sum(in_line), *(CONCATENATED_TO if flat else ALONE_TO))
+            pad_to = step, _up(sum(in_line), step) // TARGETS_PAD_TO
         marks = _borders(in_line, pad_to[0], device) if flat else Borders()
     lengths = [sum(map(len, sequence)) for sequence in sequences]
     width = _up(max(lengths), pad_to[0])
@@ -355,6 +358,11 @@ def collate(
         reference=_reference(examples, part, device),
         lengths=tuple(tuple(map(len, sequence)) for sequence in sequences),
     )
+
+
+def _step(tokens: int, part: int, least: int) -> int:
+    """Returns of which number the padded tokens are a multiple."""
+    return min(MOST_PADDED, max(least, (1 << tokens.bit_length() - 1) // part))
 
 
 def _up(number: int, step: int) -> int:
@@ -402,15 +410,15 @@ def _borders(lengths: list[int], pad_to: int, device: torch.device) -> Borders:
     """Returns the borders of concatenated rows; the padding to a multiple of `pad_to` is a row of its own.
 
     With padding, the number of rows is padded too, by rows without a token, and the longest is rounded up: both are
-    part of a recorded shape.
+    part of a recorded shape. A kernel's blocks beyond the end of a row cost little, but not nothing.
     """
     ends = [0, *accumulate(lengths)]
     padding = -ends[-1] % pad_to
     longest = max(*lengths, padding)
     if pad_to > 1:
         ends.append(ends[-1] + padding)
-        ends += [ends[-1]] * (-len(ends) % ENDS_PAD_TO)
-        longest = 1 << (max(longest, ends[-1] // 4) - 1).bit_length()
+        ends += [ends[-1]] * (-len(ends) % (FEW_ENDS if len(ends) <= FEW_ENDS else ENDS_PAD_TO))
+        longest = 1 << (max(longest, min(ends[-1], LEAST_LONGEST), ends[-1] // 4) - 1).bit_length()
     return Borders(move(torch.tensor(ends, dtype=torch.int32), device), longest)
 
 
