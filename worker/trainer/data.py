@@ -118,6 +118,9 @@ MOST_PADDED at most. Few shapes are recorded, and little is padded. Targets are 
 """
 MOST_PADDED, TARGETS_PAD_TO = 256, 4
 FEW_ENDS, ENDS_PAD_TO, LEAST_LONGEST = 8, 16, 1024
+"""Ends of concatenated rows are padded to FEW_ENDS or to a multiple of ENDS_PAD_TO. A recorded shape's longest row has
+at least LEAST_LONGEST tokens, or as many as all rows have together.
+"""
 
 
 @dataclass(frozen=True)
