@@ -209,6 +209,19 @@ def test_recorded_steps_of_uneven_rows_have_few_shapes(
     assert padded <= (1 + padding) * tokens
 
 
+def test_sequences_beside_each_other_have_few_lengths_and_no_targets_of_padding() -> None:
+    alike = [Row([5] * n, [IGNORED] * 40 + [5] * (n - 40)) for n in (97, 99, 100, 98)]
+    uneven = [Row([5] * n, [5] * n) for n in (97, 20)]
+
+    batch = collate(singles(alike), [[0, 1], [2, 3]], CPU, data.RECTANGLES_TO, borders=True)
+    assert batch.input_ids.shape == (4, 128)
+    assert batch.targets.shape == (sum(batch.labelled),)
+    assert len(batch.targets) == sum(n - 40 for n in (97, 99, 100, 98))
+
+    assert collate(singles(uneven), [[0], [1]], CPU, data.RECTANGLES_TO, borders=True).input_ids.shape == (1, 117)
+    assert collate(singles(uneven), [[0], [1]], CPU, data.RECTANGLES_TO).input_ids.shape == (2, 128)
+
+
 def test_next_step_is_built_once_unless_the_memory_plan_changes(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,3 +121,4 @@ def test_steps_of_such_a_model_are_not_recorded(tmp_path: Path, base: Path) -> N
     t = prepared(tmp_path, base)
 
     assert reason_against(t.objective, 64) == "RoPE depends on the rows' lengths"
+    assert t.objective.pad_to == (1, 1), "padding would change the lengths"

@@ -117,6 +117,10 @@ to a multiple of this fraction of the largest power of two that the tokens reach
 MOST_PADDED at most. Few shapes are recorded, and little is padded. Targets are padded to a multiple of a fourth of it.
 """
 MOST_PADDED, TARGETS_PAD_TO = 256, 4
+RECTANGLES_TO = (32, 1)
+"""What sequences beside each other are padded to on a GPU. cuDNN compiles its attention for each new length, which
+takes a tenth of a second.
+"""
 FEW_ENDS, ENDS_PAD_TO, LEAST_LONGEST = 8, 16, 1024
 """Ends of concatenated rows are padded to FEW_ENDS or to a multiple of ENDS_PAD_TO. A recorded shape's longest row has
 at least LEAST_LONGEST tokens, or as many as all rows have together.
@@ -329,7 +333,8 @@ def collate(
 ) -> Batch:
     """Builds a micro-batch. Which positions predict is decided here, on the host, without waiting for the GPU.
 
-    `pad_to`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
+    `pad_to`: the width and the number of targets are padded to multiples of these; targets of padding are -100. Targets
+    are padded where a pass is recorded, and concatenated rows then alone.
     `borders`: the model accepts the places where rows begin, so rows are concatenated without padding, unless they are
     of nearly equal length: attention over a rectangle is then faster.
     """
@@ -340,7 +345,9 @@ def collate(
         in_line = [len(row) for row in together]
         flat = len(in_line) * max(in_line) > (1 + MOST_PADDING) * sum(in_line)
         sequences = [together] if flat else [[row] for row in together]
-        if pad_to[0] > 1 and (flat or len(in_line) == 1):
+        if flat and pad_to[1] == 1:
+            pad_to = 1, 1
+        elif pad_to[1] > 1 and (flat or len(in_line) == 1):
             step = _step(sum(in_line), *(CONCATENATED_TO if flat else ALONE_TO))
             pad_to = step, _up(sum(in_line), step) // TARGETS_PAD_TO
         marks = _borders(in_line, pad_to[0], device) if flat else Borders()

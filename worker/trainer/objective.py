@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from tunery.planning.precision import Precision
-from worker.trainer import precision
-from worker.trainer.data import Batch
+from worker.trainer import precision, rope
+from worker.trainer.data import RECTANGLES_TO, Batch
 from worker.trainer.kernels import cross_entropy, decoder
 from worker.trainer.kernels.recomputation import Recomputation
 from worker.trainer.methods.method import Method
@@ -42,6 +42,13 @@ class Objective(nn.Module):
         self.noise: Noise | None = None
         self.against_decoder: str | None = None  # why transformers generated the answers of the last evaluation
         self.knows_borders = decoder.borders_known(self.causal)
+        self._depends_on_length = bool(rope.of(self.causal))
+
+    @property
+    def pad_to(self) -> tuple[int, int]:
+        """To which multiples `data.collate` pads passes that are not recorded."""
+        on_gpu = next(self.parameters()).is_cuda
+        return RECTANGLES_TO if on_gpu and not self._depends_on_length else (1, 1)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         if not self.chunked:

@@ -290,7 +290,7 @@ def _peak(objective: Objective, examples: Sequence[Example], device: torch.devic
             parameter.grad = torch.zeros_like(parameter)
     # One behind the other where a model knows their borders, as in a step; else beside each other.
     places = [[*range(len(examples))]] if objective.knows_borders else [[place] for place in range(len(examples))]
-    batch = collate(examples, places, device, borders=objective.knows_borders)
+    batch = collate(examples, places, device, objective.pad_to, borders=objective.knows_borders)
     resting = _reset_peak(device)
     forward_backward(objective, batch, 1.0 / len(examples[0]))
     return _peak_since(device) - resting
@@ -301,7 +301,7 @@ def _peak_of_evaluation(objective: Objective, example: Example, device: torch.de
     """Returns the peak bytes of evaluating an example."""
     objective.eval()
     objective.rest()
-    batch = collate([example], [[0]], device, borders=objective.knows_borders)
+    batch = collate([example], [[0]], device, objective.pad_to, borders=objective.knows_borders)
     resting = _reset_peak(device)
     objective.sums(batch, 1.0)
     return _peak_since(device) - resting

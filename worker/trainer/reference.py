@@ -74,7 +74,7 @@ def _log_probabilities(stepper: Stepper, examples: list[Example], parts: list[Mi
     objective.eval()
     with torch.no_grad():
         for part in parts:
-            batch = collate(examples, part, stepper.device, borders=objective.knows_borders)
+            batch = collate(examples, part, stepper.device, objective.pad_to, borders=objective.knows_borders)
             numbers = iter((-objective.row_losses(batch)).tolist())
             for index in (index for packed in part for index in packed):
                 found[index] = [next(numbers) for _ in examples[index].rows]

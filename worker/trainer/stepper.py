@@ -231,5 +231,5 @@ class Stepper:
         return sum(parts, start=nothing)
 
     def _collate(self, part: MicroBatch) -> Batch:
-        pad_to = (1, 1) if self.graphs is None else cuda_graphs.PAD_TO
+        pad_to = self.objective.pad_to if self.graphs is None else cuda_graphs.PAD_TO
         return collate(self._rows.examples, part, self.device, pad_to, borders=self.objective.knows_borders)

@@ -56,7 +56,9 @@ def _sums(
     objective.eval()
     with torch.no_grad():
         for part in parts:
-            found = objective.sums(collate(examples, part, device, borders=objective.knows_borders), 1.0)
+            found = objective.sums(
+                collate(examples, part, device, objective.pad_to, borders=objective.knows_borders), 1.0
+            )
             sums += torch.stack([found[name].double() for name in names])
     objective.train()
     return sums

@@ -89,7 +89,7 @@ def by_rows(objective: Objective, items: Sequence[Tokens], device: torch.device)
     rows = [
         Row(item.prefix + choice, [IGNORED] * len(item.prefix) + choice) for item in items for choice in item.choices
     ]
-    losses = objective.row_losses(collate(singles(rows), [[i] for i in range(len(rows))], device))
+    losses = objective.row_losses(collate(singles(rows), [[i] for i in range(len(rows))], device, objective.pad_to))
     return _by_item(losses, items)
 
 

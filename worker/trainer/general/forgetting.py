@@ -67,7 +67,8 @@ def compare(t: Training, rows: Sequence[Row], base: dict[int, Reference]) -> lis
 
 def _log_probabilities(t: Training, rows: Sequence[Row], part: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields each row's index, its log-probabilities [labelled, vocabulary] and its targets, row by row."""
-    batch = collate(singles(rows[i] for i in part), [[place] for place in range(len(part))], t.device)
+    places = [[place] for place in range(len(part))]
+    batch = collate(singles(rows[i] for i in part), places, t.device, t.objective.pad_to)
     targets = batch.targets.split(batch.labelled)
     with torch.no_grad(), t.objective.autocast():
         for i, logits, wanted in zip(part, t.objective.row_logits(batch), targets, strict=True):
