@@ -180,6 +180,7 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
     measured = steps[skip:]
     tokens = measured[-1]["tokens"] - steps[skip - 1]["tokens"]
     training = sum(step["seconds"] for step in measured)
+    slowest = sorted(measured, key=lambda step: step["seconds"], reverse=True)[:5]
     peak = said[-1]["peak_memory_bytes"] if done else None
     reserved = [float(found[1]) for line in log if (found := re.search(r"([\d.]+) GiB reserved", line))]
     around = seconds["whole"] - sum(s["seconds"] for s in steps)
@@ -187,7 +188,8 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
         "tok_s": round(tokens / training),
         "all_steps_tok_s": round(steps[-1]["tokens"] / sum(step["seconds"] for step in steps)),
         "step_ms": round(1000 * statistics.median(step["seconds"] for step in measured), 1),
-        "slowest_ms": sorted((round(1000 * step["seconds"]) for step in measured), reverse=True)[:5],
+        "slowest_ms": [round(1000 * step["seconds"]) for step in slowest],
+        "slowest_steps": [step["step"] for step in slowest],
         "tokens_a_step": round(tokens / len(measured)),
         "peak_gib": peak and round(peak / 2**30, 2),
         "reserved_gib": reserved[-1] if reserved else None,

@@ -149,7 +149,8 @@ def test_cleaning_is_compared_with_the_noise_of_the_same_seed(tmp_path: Path) ->
 
 def test_speed_is_of_the_steps_after_the_warm_up_even_if_the_run_was_cut_off() -> None:
     steps = [
-        {"type": "step", "tokens": 100 * n, "seconds": 9.0 if n < 3 else 0.5, "train_loss": 3.0 - n, "grad_norm": 1.0}
+        {"type": "step", "step": n, "tokens": 100 * n, "seconds": 9.0 if n < 3 else 0.5}
+        | {"train_loss": 3.0 - n, "grad_norm": 1.0}
         for n in range(1, 6)
     ]
     end = {"type": "finished", "peak_memory_bytes": 2**31}
@@ -160,6 +161,7 @@ def test_speed_is_of_the_steps_after_the_warm_up_even_if_the_run_was_cut_off() -
 
     assert (whole["tok_s"], whole["peak_gib"], whole["reserved_gib"], whole["plan"]) == (200, 2.0, 2.25, ["P"])
     assert whole["seconds"]["around_the_steps"] == 10.5
+    assert whole["slowest_steps"] == [3, 4, 5]
     assert (cut_off["tok_s"], cut_off["peak_gib"], cut_off["seconds"]["cut_off"]) == (200, None, True)
     assert "failed" in job_speed.figures(steps[:3], {"whole": 1.0}, log, 2)
 
