@@ -1,24 +1,23 @@
 """The contract of methods, with pairs as examples: an example's rows stay together, and a step divides sums once."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import toy_methods
 from run_folders import WORDS, Ear, chat, lay_out, plan, said, steps_of
 from torch.nn import functional
 
-from tunery import plugins, spec
+from tunery import spec
 from tunery.errors import Unsupported
 from tunery.rows import encoding
 from worker.trainer import cuda_graphs, data, validation
 from worker.trainer.data import IGNORED, Example, Row, collate, micro_batches
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
-from worker.trainer.methods import registry
 from worker.trainer.objective import Objective
 from worker.trainer.process import carry_out_and_report
 from worker.trainer.report import MessageWriter
@@ -32,14 +31,9 @@ OTHER = Example((Row([9, 4], [9, 4]), Row([9, 3, 2, 1], [9, 3, IGNORED, 1])))
 
 
 @pytest.fixture(autouse=True)
-def pairwise() -> Iterator[None]:
-    """Loads the plug-in, and unregisters it after the test."""
-    plugins.load(["toy_pairwise.rows", "toy_pairwise"], "trainer")
-    yield
-    for known in (spec.METHODS, encoding.ENCODERS, registry.METHODS):
-        known.pop("pairwise", None)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "toy_pairwise"]:
-        del sys.modules[name]
+def _pairwise() -> Iterator[None]:
+    with toy_methods.pairwise():
+        yield
 
 
 def pair(seed: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from reducing_rank import SCENARIOS, backward, layers, spawn
+from reducing_rank import LOOKED_UP, SCENARIOS, VOCABULARY, WIDTH, backward, layers, spawn
 from torch import nn
 
 from tunery import processes
@@ -18,10 +18,13 @@ PARTS = {
     "again": ((2, True), (2, True)),
     "twice again": ((2, True), (2, True)),
     "no room to send": ((2, True), (2, True)),
+    "no room for rows": ((2, True), (2, True)),
+    "head of one": ((2, True), (2, True)),
 }
 """For each rank, its passes and whether they use the last layer."""
 EARLY = {"plain": {0, 1}, "uneven": {1}, "unused by one": {1}, "unused": set(), "again": {0, 1},
-         "twice again": {0, 1}, "no room to send": {0, 1}}  # fmt: skip
+         "twice again": {0, 1}, "no room to send": {0, 1}, "no room for rows": {0, 1},
+         "head of one": {0, 1}}  # fmt: skip
 """The ranks that send some gradients during the last pass."""
 
 
@@ -36,7 +39,7 @@ def test_both_ranks_have_the_sum(found: list[dict[str, Any]], scenario: str) -> 
     wanted = layers()
     for rank, (parts, odd) in enumerate(PARTS[scenario]):
         for part in range(parts):
-            backward(wanted, rank, part, odd=odd)
+            backward(wanted, rank, part, odd=odd, head=scenario == "head of one" and rank == 1)
 
     for rank, seen in enumerate(each[scenario] for each in found):
         for name, parameter in wanted.named_parameters():
@@ -45,6 +48,17 @@ def test_both_ranks_have_the_sum(found: list[dict[str, Any]], scenario: str) -> 
             else:
                 torch.testing.assert_close(torch.tensor(seen["grads"][name]), parameter.grad)
         assert bool(seen["early"]) == (rank in EARLY[scenario])
+
+
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+def test_rows_that_were_looked_up_are_sent_alone(found: list[dict[str, Any]], scenario: str) -> None:
+    """To the bit as if the whole embedding were sent; as it is where one rank's passes use it otherwise too."""
+    whole, rows = VOCABULARY * WIDTH, len(LOOKED_UP) * WIDTH
+    for each in found:
+        assert each[scenario]["grads"] == each[f"{scenario} whole"]["grads"]
+        sent = [size for size in each[scenario]["sent"] if size in (whole, rows)]
+        assert sent == [whole if scenario == "head of one" else rows]
+        assert whole in each[f"{scenario} whole"]["sent"]
 
 
 def test_small_gradients_are_sent_together() -> None:

@@ -107,6 +107,8 @@ own.
 """
 MicroBatch = list[Packed]
 """Sequences that pass through the model together."""
+PADDING = 0
+"""The id of padding. Whatever a model computes of it, no row sees."""
 MOST_PADDING = 0.05
 """Fraction of padding up to which rows form a rectangle even if their borders could be given: torch's attention over
 one is up to 1.8 times as fast as that over rows of any length, and takes a tenth of a step's time at 2,048 tokens.
@@ -398,7 +400,7 @@ def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, l
     """Returns ids and positions [sequences, width]; for each row, the flattened positions that predict, and their
     labels.
     """
-    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    ids = torch.full((len(sequences), width), PADDING)
     positions = torch.zeros(len(sequences), width, dtype=torch.int64)
     label_positions: list[Tensor] = []
     targets: list[Tensor] = []

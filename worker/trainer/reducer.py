@@ -4,6 +4,7 @@ Why not DistributedDataParallel: it requires equally many backward passes on eac
 have fewer micro-batches than another, or none in an epoch's last step, or need a second attempt.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, distributed, nn
 
 from worker.trainer.parallel import Ranks
 
+log = logging.getLogger(__name__)
+
 ALONE, TOGETHER, COPIES = 2**22, 2**25, 3
 """Bytes from which a gradient is sent alone, in place; those up to which smaller ones, as adapters have, are copied and
 sent together, as the host has the same work for each transfer; and how many such copies there are at most.
@@ -21,18 +24,21 @@ sent together, as the host has the same work for each transfer; and how many suc
 
 @dataclass(frozen=True)
 class _Sent:
-    """A transfer under way. `flat`: what is sent in place of the gradients themselves."""
+    """A transfer under way. `flat`: what is sent in place of the gradients themselves. `rows`: which rows of the one
+    gradient that is; None: all of them.
+    """
 
     parameters: list[nn.Parameter]
     flat: Tensor | None
     work: distributed.Work
+    rows: Tensor | None
 
 
 class Reducer:
     """Sums the gradients of one step after another. Every rank sends the same gradients in the same order."""
 
-    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
-        """`parameters`: those that are whole on every rank."""
+    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], embedding: nn.Parameter | None = None) -> None:
+        """`parameters`: those that are whole on every rank. `embedding`: the one of which `expect` knows the rows."""
         self._ranks, self._parameters = ranks, list(parameters)
         self._buckets = buckets(self._parameters) if ranks.count > 1 else []
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
@@ -40,11 +46,18 @@ class Reducer:
         self._sent: list[_Sent] = []
         self._kept: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._lacking: set[int] = set()
+        self._embedding = embedding
+        self._rows: Tensor | None = None
+        self._suffice: bool | None = None
         self._next = 0
         self._awaited = [0] * len(self._buckets)
         self._all = torch.ones(len(self._parameters), device=ranks.device)
         for parameter in self._parameters if self._buckets else ():
             parameter.register_post_accumulate_grad_hook(self._computed)
+
+    def expect(self, rows: Tensor | None) -> None:
+        """Sets the rows of the embedding that can have a gradient in this step, the same on every rank; None: all."""
+        self._rows = rows
 
     @contextmanager
     def overlapping(self) -> Iterator[None]:
@@ -94,22 +107,45 @@ class Reducer:
                 self._lacking.add(id(parameter))
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in bucket if p.grad is not None]
-        flat = None
-        if len(gradients) > 1 or not gradients[0].is_contiguous():
+        rows, flat = self._rows_of(bucket), None
+        if rows is not None or len(gradients) > 1 or not gradients[0].is_contiguous():
             self._receive(COPIES - 1)
-            flat = torch.cat([each.reshape(-1) for each in gradients])
+            if rows is not None:
+                flat = gradients[0].index_select(0, rows)
+            else:
+                flat = torch.cat([each.reshape(-1) for each in gradients])
         work = distributed.all_reduce(gradients[0] if flat is None else flat, async_op=True)
         assert work is not None
-        self._sent.append(_Sent(bucket, flat, work))
+        self._sent.append(_Sent(bucket, flat, work, rows))
         self._next += 1
+
+    def _rows_of(self, bucket: list[nn.Parameter]) -> Tensor | None:
+        """Returns the rows of the bucket that are sent; None for all.
+
+        The first time, the ranks check that no other row has a gradient: a model's modules do not tell what its forward
+        pass does with the weight of its embedding.
+        """
+        if self._rows is None or len(bucket) > 1 or bucket[0] is not self._embedding:
+            return None
+        if self._suffice is None:
+            assert bucket[0].grad is not None
+            others = torch.linalg.vector_norm(bucket[0].grad, torch.inf, dim=1).index_fill(0, self._rows, 0)
+            self._suffice = not self._ranks.any(bool(others.any()))
+            if not self._suffice:
+                log.info("the embedding has gradients in rows that were not looked up: all are sent")
+        return self._rows if self._suffice else None
 
     def _receive(self, copies: int = 0) -> None:
         """Waits for transfers, the first ones first, until so many copies are left; for all if none may be."""
         while self._sent and (not copies or sum(sent.flat is not None for sent in self._sent) > copies):
             sent = self._sent.pop(0)
             sent.work.wait()
-            if sent.flat is not None:
-                gradients = [p.grad for p in sent.parameters if p.grad is not None]
+            if sent.flat is None:
+                continue
+            gradients = [p.grad for p in sent.parameters if p.grad is not None]
+            if sent.rows is not None:
+                gradients[0].index_copy_(0, sent.rows, sent.flat)
+            else:
                 parts = sent.flat.split([each.numel() for each in gradients])
                 torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 

@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from worker.trainer import cuda_graphs, pieces, recorded_update
+from worker.trainer import cuda_graphs, lookups, pieces, recorded_update
 from worker.trainer.cuda_graphs import CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches, share
 from worker.trainer.decoding.graphs import CudaRecorder
+from worker.trainer.lookups import Lookups
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
@@ -34,12 +35,15 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(frozen=True)
 class _Ready:
-    """A step's examples, the memory plan by which they were split, and the micro-batches on the device."""
+    """A step's examples, the memory plan by which they were split, the micro-batches on the device, and `looked_up` as
+    `Lookups` returns it.
+    """
 
     drawn: list[int]
     memory: MemoryPlan
     parts: list[MicroBatch]
     batches: list[Batch]
+    looked_up: Tensor | None
 
 
 def _shared(values: Iterable[T]) -> list[T]:
@@ -78,7 +82,9 @@ class Stepper:
         self._recorded = None
         if memory.graphs and recorded_update.can_record(optimizer):
             self._recorded = RecordedUpdate(optimizer, CudaRecorder())
-        self._reducer = Reducer(ranks, [p for p in self._parameters if pieces.of(p) is None])
+        embedding = lookups.embedding_of(objective) if ranks.count > 1 else None
+        self._lookups = None if embedding is None else Lookups(embedding, rows)
+        self._reducer = Reducer(ranks, [p for p in self._parameters if pieces.of(p) is None], embedding)
         self._groups = _shared(map(group_of, rows.examples))
         self._shapes = _shared(example.shape for example in rows.examples)
         self._ready: _Ready | None = None
@@ -101,7 +107,8 @@ class Stepper:
         memory plan, which gives the same gradient; but not for a sharded model, as other ranks wait in this pass.
         """
         while True:
-            parts, batches = self._split(drawn)
+            parts, batches, looked_up = self._split(drawn)
+            self._reducer.expect(looked_up)
             try:
                 idle = self._idle_passes(parts)  # agreed before the first pass, in which the ranks wait
                 sums = self._forward_backward(batches, len(parts), weight)
@@ -122,15 +129,21 @@ class Stepper:
     def prepare(self, drawn: list[int]) -> None:
         """Builds the micro-batches of the next step, while the GPU still computes this one."""
         parts = self.micro_batches(drawn)
-        self._ready = _Ready(drawn, self.memory, parts, [self._collate(part) for part in parts])
+        batches = [self._collate(part) for part in parts]
+        self._ready = _Ready(drawn, self.memory, parts, batches, self._looked_up(drawn))
 
-    def _split(self, drawn: list[int]) -> tuple[list[MicroBatch], Iterable[Batch]]:
-        """Returns a step's micro-batches, and the same on the device, from `prepare` if it has built them."""
+    def _split(self, drawn: list[int]) -> tuple[list[MicroBatch], Iterable[Batch], Tensor | None]:
+        """Returns a step's micro-batches, the same on the device, and the rows of the embedding that all ranks' look up
+        (None: all rows), from `prepare` if it has built them.
+        """
         ready = self._ready
         if ready is not None and (ready.drawn, ready.memory) == (drawn, self.memory):
-            return ready.parts, ready.batches
+            return ready.parts, ready.batches, ready.looked_up
         parts = self.micro_batches(drawn)
-        return parts, map(self._collate, parts)
+        return parts, map(self._collate, parts), self._looked_up(drawn)
+
+    def _looked_up(self, drawn: list[int]) -> Tensor | None:
+        return None if self._lookups is None else self._lookups.of_step(drawn)
 
     def _idle_passes(self, parts: list[MicroBatch]) -> int:
         """Returns how many passes fewer than the busiest rank this rank has; each pass gathers the model's pieces."""

@@ -27,6 +27,7 @@ class DirectPreferenceOptimization:
     sums: tuple[str, ...] = ("loss", "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy")
     recordable = False  # how losses are divided among the rows differs from batch to batch
     reads_reference = True
+    looks_up_rows_only = True
 
     def __init__(self, options: Dpo) -> None:
         decided = options.decided()

@@ -37,6 +37,10 @@ class Method(Protocol):
     """
     reads_reference: bool
     """Whether its objective needs `batch.reference`, measured once before the first step."""
+    looks_up_rows_only: bool
+    """Whether its passes are over tokens of the batch's rows alone. Otherwise GPUs exchange the gradient of the whole
+    embedding, not only of these tokens; also if a method does not say.
+    """
 
     def weight(self, example: Example) -> float:
         """Returns the example's weight in the divisor of the sums."""

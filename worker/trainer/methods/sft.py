@@ -17,6 +17,7 @@ class SupervisedFineTuning:
     sums: tuple[str, ...] = ("loss", "correct")
     recordable = True
     reads_reference = False
+    looks_up_rows_only = True
 
     def weight(self, example: Example) -> float:
         """Returns the number of labelled tokens."""
