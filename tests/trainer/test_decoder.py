@@ -293,7 +293,7 @@ def test_a_gpu_answers_in_bf16_as_each_row_alone_but_for_ties(
     assert t.objective.against_decoder is None
     assert "are not recorded" not in caplog.text
     t.objective.eval()
-    with torch.no_grad(), t.objective.autocast():
+    with torch.no_grad(), t.objective.computing():
         for question, ids in zip(asked, given, strict=True):
             _check(t.objective.causal, question.prompt_ids, ids)
 

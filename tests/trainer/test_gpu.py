@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from run_folders import Ear, chat, lay_out, plan, said
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from tunery.spec import Dpo, Evaluation, Full, Lora, Qlora
 from worker.trainer import checkpoints, packing
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
-from worker.trainer.kernels import adamw, adapters, projections, stochastic
+from worker.trainer.kernels import adamw, adapters, casts, projections, stochastic
 from worker.trainer.loop import _take_step
 from worker.trainer.recorded_update import can_record
 from worker.trainer.report import MessageWriter
@@ -103,6 +104,53 @@ def test_four_bit_layer_on_the_gpu_has_the_gradients_of_the_definition() -> None
         assert float((found.detach().double() - reference.detach()).norm() / reference.detach().norm()) < 1e-2
 
 
+def _projected(x: Tensor, layers: list[projections.Layer]) -> list[Tensor]:
+    """Returns the layers' products, and the gradients of their input and adapters."""
+    given = [x, *(part for layer in layers for part in (layer.a, layer.b))]
+    outs = projections.project(x, layers)
+    return [*outs, *torch.autograd.grad([out.float().pow(2).sum() for out in outs], given)]
+
+
+def test_adapters_that_are_cast_at_once_have_the_products_of_those_that_layers_cast() -> None:
+    ranks, widths = (16, 3, 8), (512, 128, 640)
+    layers = [
+        projections.Layer(
+            nn.Linear(256, width, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False),
+            torch.randn(rank, 256, device="cuda", requires_grad=True),
+            torch.randn(width, rank, device="cuda", requires_grad=True),
+            0.5,
+        )
+        for rank, width in zip(ranks, widths, strict=True)
+    ]
+    made = casts.Casts([casts.Adapter(each.a, each.b, torch.bfloat16, "x") for each in layers])
+    made.update()
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    wanted = _projected(x, layers)
+    found = _projected(x, [replace(each, cast=made.of(each.a, each.b)) for each in layers])
+
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_adapters_of_a_model_are_cast_in_a_few_launches() -> None:
+    sizes = {"device": "cuda", "requires_grad": True}
+    pairs = [(torch.randn(16, 256, **sizes), torch.randn(512, 16, **sizes)) for _ in range(112)]  # 16 layers of 7
+    made = casts.Casts([casts.Adapter(a, b, torch.bfloat16, i // 4) for i, (a, b) in enumerate(pairs)])
+    made.update()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        made.update()
+        torch.cuda.synchronize()
+
+    kernels = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+
+    assert 0 < len(kernels) <= 4
+    for a, b in pairs:
+        found = made.of(a, b)
+        assert found is not None
+        assert torch.equal(found.a, a.bfloat16())
+        assert torch.equal(found.b, b.bfloat16())
+
+
 @pytest.mark.parametrize("count", [8192, 3 * 8192 + 77, 5_000_000])
 @pytest.mark.parametrize("keep", [1.0, 0.9999])
 def test_triton_rounds_as_the_reference_does(count: int, keep: float) -> None:
@@ -154,7 +202,7 @@ def test_branches_and_rows_score_alike(tmp_path: Path, tiny: Path, technique: An
     t.objective.eval()
 
     assert choices.keeps_branches_apart(t, items)
-    with torch.no_grad(), t.objective.autocast():
+    with torch.no_grad(), t.objective.computing():
         one, other = (
             torch.tensor([value for each in way(t.objective, items, t.device) for value in each])
             for way in (choices.by_branches, choices.by_rows)

@@ -206,11 +206,11 @@ def test_whole_estimates_of_an_8b_model() -> None:
     def whole(technique: Technique) -> float:
         return memory.estimate(LLAMA_8B, technique, max_seq_length=2048).bytes / 1e9
 
-    assert whole(Qlora()) == pytest.approx(7.46, abs=0.05)
-    assert whole(Lora()) == pytest.approx(17.70, abs=0.05)
+    assert whole(Qlora()) == pytest.approx(7.54, abs=0.05)
+    assert whole(Lora()) == pytest.approx(17.78, abs=0.05)
     assert whole(Full()) == pytest.approx(49.13, abs=0.05)
     # 2,048 x 81,920 x 4 bytes = 0.67 GB of it are the inputs and outputs of one layer in fp32.
-    assert whole(Lora(use_dora=True)) - whole(Lora()) == pytest.approx(2.53, abs=0.05)
+    assert whole(Lora(use_dora=True)) - whole(Lora(dropout=0.1)) == pytest.approx(2.53, abs=0.05)
 
 
 def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:

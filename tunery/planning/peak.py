@@ -11,7 +11,7 @@ from typing import Any
 
 from tunery.planning import activations
 from tunery.planning.precision import BYTES, Precision, decide
-from tunery.planning.shape import Shape, trainable_params
+from tunery.planning.shape import Shape, linear_adapter_params, trainable_params
 from tunery.spec import Full, Technique
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
@@ -111,8 +111,16 @@ def at_rest(s: Setting) -> Parts:
     moments = _moment_bytes(s)
     parts = {"base": s.cut(base), "optimizer": s.cut(moments) if s.is_full else moments}
     if not s.is_full:
-        parts["adapter"] = s.learns * s.precision.trained_bytes
+        parts |= {"adapter": s.learns * s.precision.trained_bytes, "casts": _cast_bytes(s)}
     return parts
+
+
+def _cast_bytes(s: Setting) -> int:
+    """Returns the bytes of the adapters in the type of their products, which a pass keeps for all layers."""
+    technique, width = s.technique, BYTES[s.precision.compute]
+    if isinstance(technique, Full) or technique.use_dora or technique.dropout or width == s.precision.trained_bytes:
+        return 0
+    return width * linear_adapter_params(s.shape, technique) if s.ranks == 1 else 0  # of a sharded model, layers cast
 
 
 def _moment_bytes(s: Setting) -> int:

@@ -92,11 +92,26 @@ def trainable_params(model_info: Mapping[str, Any], technique: Technique) -> int
     whole = _whole_params(shape, technique)
     if technique.target_modules == "all-linear" and shape.rank_1 and not technique.use_dora:
         return technique.r * shape.rank_1 + whole
-    names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
-    square = (shape.hidden, shape.hidden)
-    sizes = [shape.modules.get(name.rpartition(".")[2], square) for name in names]
+    sizes = _adapted(shape, technique)
     lengths = sum(outputs for _, outputs in sizes) if technique.use_dora else 0
     return whole + shape.layers * (technique.r * sum(inputs + outputs for inputs, outputs in sizes) + lengths)
+
+
+def linear_adapter_params(shape: Shape, technique: Lora) -> int:
+    """Returns the weights of the adapters on linear modules, without those on experts, which are no modules."""
+    found = technique.r * shape.layers * sum(inputs + outputs for inputs, outputs in _adapted(shape, technique))
+    if not shape.experts:
+        every = technique.target_modules == "all-linear" and shape.rank_1
+        return technique.r * shape.rank_1 if every else found
+    attention = 2 * shape.layers * (2 * shape.hidden + shape.heads_width + shape.kv_width)
+    return min(found, technique.r * attention)
+
+
+def _adapted(shape: Shape, technique: Lora) -> list[tuple[int, int]]:
+    """Returns the inputs and outputs of a layer's adapted modules."""
+    names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
+    square = (shape.hidden, shape.hidden)
+    return [shape.modules.get(name.rpartition(".")[2], square) for name in names]
 
 
 def _whole_params(shape: Shape, technique: Lora) -> int:

@@ -1,7 +1,7 @@
 """The objective: a method's sums over a micro-batch, from the losses of its labelled tokens."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 from tunery.planning.precision import Precision
 from worker.trainer import precision, rope
 from worker.trainer.data import RECTANGLES_TO, Batch
-from worker.trainer.kernels import cross_entropy, decoder
+from worker.trainer.kernels import adapters, casts, cross_entropy, decoder
 from worker.trainer.kernels.recomputation import Recomputation
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.sft import SupervisedFineTuning
@@ -42,6 +42,7 @@ class Objective(nn.Module):
         self.noise: Noise | None = None
         self.against_decoder: str | None = None  # why transformers generated the answers of the last evaluation
         self.knows_borders = decoder.borders_known(self.causal)
+        self._casts: casts.Casts | None = None  # allocated by the first pass, on the device of the model
         self._depends_on_length = bool(rope.of(self.causal))
 
     @property
@@ -74,9 +75,14 @@ class Objective(nn.Module):
             return ((part @ head.t()).float() for part in hidden.split(batch.labelled))
         return (part.float() for part in self._logits(batch).split(batch.labelled))
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Returns the context in which the model multiplies in its precision's type."""
-        return precision.autocast(self._precision, next(self.parameters()).device)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Returns the context of passes, in which the model multiplies in its precision's type.
+
+        Adapters are cast to that type on entry: their weights must not change inside.
+        """
+        with precision.autocast(self._precision, next(self.parameters()).device), casts.using(self._adapters_cast()):
+            yield
 
     def add_noise(self, alpha: float) -> None:
         """Adds NEFTune's noise to every training pass; none if `alpha` is 0."""
@@ -119,10 +125,18 @@ class Objective(nn.Module):
         tolerance = 1e-4 if head.dtype == torch.float32 else 1e-2
         self.chunked = bool((product - logits).norm() <= tolerance * logits.norm())
 
+    def _adapters_cast(self) -> casts.Casts | None:
+        if self.is_sharded:
+            return None
+        if self._casts is None:
+            self._casts = adapters.casts_of(self.causal)
+        self._casts.update()
+        return self._casts
+
     def _factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the last hidden states [labelled, width] at the labelled positions, and the head's weight."""
         head: Tensor = self.causal.get_output_embeddings().weight
-        with self.autocast():
+        with self.computing():
             hidden = _labelled(self.causal.base_model(**self._inputs(batch)).last_hidden_state, batch)
         if self._precision is not None and self._precision.autocast:  # autocast does not apply inside the chunked loss
             compute = precision.dtype(self._precision.compute)
@@ -131,7 +145,7 @@ class Objective(nn.Module):
 
     def _logits(self, batch: Batch) -> Tensor:
         """Returns the model's own logits [labelled, vocabulary] at the same positions."""
-        with self.autocast():
+        with self.computing():
             return _labelled(self.causal(**self._inputs(batch)).logits, batch)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tenso
         return dtypes.to_bf16(name, weight, keep) if narrowed else weight
 
     t.objective.eval()
-    with precision.in_fp32(model, exported) if exact else t.objective.autocast():
+    with precision.in_fp32(model, exported) if exact else t.objective.computing():
         found = _logits(model, prompts)
     t.objective.train()
     return found

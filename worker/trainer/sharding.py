@@ -66,7 +66,7 @@ class Shards:
         training = self._objective.training
         self._objective.eval()
         while self._ranks.any(flag=False):
-            with torch.no_grad(), self._objective.autocast():
+            with torch.no_grad(), self._objective.computing():
                 backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._ranks.device), use_cache=False)
         self._objective.train(training)
         root.reshard()

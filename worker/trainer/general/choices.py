@@ -46,7 +46,7 @@ def _in_batches(
     items: Sequence[Tokens],
     compute: Callable[[Objective, Sequence[Tokens], torch.device], list[Likelihoods]],
 ) -> list[Likelihoods]:
-    with torch.no_grad(), t.objective.autocast():
+    with torch.no_grad(), t.objective.computing():
         return batches.run(
             t, list(map(len, items)), lambda part: compute(t.objective, [items[i] for i in part], t.device)
         )
@@ -58,7 +58,7 @@ def keeps_branches_apart(t: Training, items: Sequence[Tokens]) -> bool:
     attention = t.objective.causal.config.get_text_config()._attn_implementation
     apart = attention in _MASKED and not rope.of(t.objective.causal)
     if apart:
-        with torch.no_grad(), t.objective.autocast():
+        with torch.no_grad(), t.objective.computing():
             plain, found = by_rows(t.objective, some, t.device), _try_branches(t, some)
         apart = found is not None and _are_near(found, plain, _compute_type(t))
     return not t.ranks.any(not apart)

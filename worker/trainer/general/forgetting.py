@@ -70,7 +70,7 @@ def _log_probabilities(t: Training, rows: Sequence[Row], part: list[int]) -> Ite
     places = [[place] for place in range(len(part))]
     batch = collate(singles(rows[i] for i in part), places, t.device, t.objective.pad_to)
     targets = batch.targets.split(batch.labelled)
-    with torch.no_grad(), t.objective.autocast():
+    with torch.no_grad(), t.objective.computing():
         for i, logits, wanted in zip(part, t.objective.row_logits(batch), targets, strict=True):
             yield i, logits.log_softmax(-1), wanted
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from worker.trainer.kernels import fp8, projections
+from worker.trainer.kernels import casts, fp8, projections
 
 
 def install(model: nn.Module) -> int:
@@ -67,6 +67,22 @@ def pack(model: nn.Module, names: Collection[str]) -> None:
         del cast(Any, model.get_submodule(name)).base_layer.unpacked
 
 
+def casts_of(model: nn.Module) -> casts.Casts:
+    """Returns memory for the casts of all adapters of plain LoRA layers, except those with dropout: in training PEFT's
+    own product casts these.
+    """
+    found = []
+    for name, module in model.named_modules():
+        layer: Any = module
+        for adapter in layer.lora_A if is_plain(module) else ():
+            if isinstance(layer.lora_dropout[adapter], nn.Dropout):
+                continue
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            shared = (adapter, name.rpartition(".")[0], a.shape[1])
+            found.append(casts.Adapter(a, b, projections.product_dtype(layer.base_layer), shared))
+    return casts.Casts(found)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is a plain LoRA layer, without a variant."""
     if not isinstance(module, LoraLayer) or not (isinstance(module, Linear) or type(module).__name__ == "Linear4bit"):
@@ -90,7 +106,9 @@ def layer_of(module: Any) -> projections.Layer | None:
         return None
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     narrow_weight = getattr(module.base_layer, "narrow", None) if module.training else None
-    return projections.Layer(module.base_layer, a, b, module.scaling[name], narrow_weight)
+    running = casts.current()
+    cast_by_pass = None if running is None else running.of(a, b)
+    return projections.Layer(module.base_layer, a, b, module.scaling[name], narrow_weight, cast_by_pass)
 
 
 def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

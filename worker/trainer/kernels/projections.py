@@ -19,14 +19,15 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from worker.trainer.kernels import elementwise, fp8
+from worker.trainer.kernels import casts, elementwise, fp8
 
 
 @dataclass(frozen=True)
 class Layer:
     """One adapted product: the frozen layer, its adapter's A [r, in] and B [out, r], and its scale.
 
-    `narrow`: the frozen weight in eight bits, if the product is computed in these.
+    `narrow`: the frozen weight in eight bits, if the product is computed in these. `cast`: A and B as the pass has cast
+    them; without, each pass through the layer casts them.
     """
 
     base: Any
@@ -34,6 +35,7 @@ class Layer:
     b: Tensor
     scale: float
     narrow: fp8.Weight | None = None
+    cast: casts.Cast | None = None
 
 
 def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -94,8 +96,7 @@ def frozen(x: Tensor, base: Any, narrow: fp8.Weight | None = None) -> Tensor:
 def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Returns each layer's product with `x` [..., in]: [..., out_i], in x's type."""
     flat = [part for layer in layers for part in (layer.a, layer.b)]
-    fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in layers)
-    return cast(tuple[Tensor, ...], _Project.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, ...], _Project.apply(x, _fixed(layers), *flat))  # type: ignore[no-untyped-call]
 
 
 def gated(x: Tensor, gate: Layer, up: Layer, down: Layer, *, is_wanted: bool = True) -> Tensor:
@@ -103,18 +104,39 @@ def gated(x: Tensor, gate: Layer, up: Layer, down: Layer, *, is_wanted: bool = T
 
     If the output is not wanted, only what is kept is computed, and the output has undefined values.
     """
-    flat = [part for layer in (gate, up, down) for part in (layer.a, layer.b)]
-    fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in (gate, up, down))
-    return cast(Tensor, _Gated.apply(x, fixed, is_wanted, *flat))  # type: ignore[no-untyped-call]
+    layers = (gate, up, down)
+    flat = [part for layer in layers for part in (layer.a, layer.b)]
+    return cast(Tensor, _Gated.apply(x, _fixed(layers), is_wanted, *flat))  # type: ignore[no-untyped-call]
 
 
-def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequence[Tensor]) -> list[Layer]:
-    return [Layer(base, flat[2 * i], flat[2 * i + 1], scale, narrow) for i, (base, scale, narrow) in enumerate(fixed)]
+_Fixed = Sequence[tuple[Any, float, fp8.Weight | None, casts.Cast | None]]
+"""What a function keeps of layers besides the tensors whose gradient it computes."""
+
+
+def _fixed(layers: Sequence[Layer]) -> _Fixed:
+    return tuple((layer.base, layer.scale, layer.narrow, layer.cast) for layer in layers)
+
+
+def _layers(fixed: _Fixed, flat: Sequence[Tensor]) -> list[Layer]:
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    return [
+        Layer(base, a, b, scale, narrow, cast) for (a, b), (base, scale, narrow, cast) in zip(pairs, fixed, strict=True)
+    ]
 
 
 def _stacked(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
-    """Returns all A, concatenated [sum of ranks, in]."""
+    """Returns all A, concatenated [sum of ranks, in]: a view where the pass has cast them."""
+    parts = [layer.cast.a for layer in layers if layer.cast is not None and layer.cast.a.dtype == dtype]
+    view = casts.joined(parts) if len(parts) == len(layers) else None
+    if view is not None:
+        return view
     return layers[0].a.to(dtype) if len(layers) == 1 else torch.cat([layer.a for layer in layers]).to(dtype)
+
+
+def _b(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """Returns a layer's B [out, r]."""
+    made = layer.cast
+    return made.b if made is not None and made.b.dtype == dtype else layer.b.to(dtype)
 
 
 def _places(layers: Sequence[Layer]) -> list[slice]:
@@ -170,7 +192,7 @@ def _scaled(rows: Tensor, factor: Tensor, layers: Sequence[Layer]) -> Tensor:
 
 def _adapted(rows: Tensor, quantised: fp8.Quantised | None, hidden: Tensor, layer: Layer, lead: torch.Size) -> Tensor:
     """Returns one layer's product of `rows`, of shape [*lead, out]. `hidden`: rows times A', scaled."""
-    base, b = layer.base, layer.b.to(rows.dtype)
+    base, b = layer.base, _b(layer, rows.dtype)
     if layer.narrow is not None and quantised is not None:
         out = _narrow_product(rows, quantised, base, layer.narrow, lead)
         out.view(-1, out.shape[-1]).addmm_(hidden, b.t())
@@ -225,7 +247,7 @@ def _gradient_of_hidden(grads: Sequence[Tensor], lora_hidden: Tensor, layers: Se
     out = torch.empty_like(lora_hidden)
     for grad, layer, place in zip(grads, layers, _places(layers), strict=True):
         part = out[:, place]
-        torch.addmm(part, grad, layer.b.to(out.dtype), beta=0, alpha=layer.scale, out=part)
+        torch.addmm(part, grad, _b(layer, out.dtype), beta=0, alpha=layer.scale, out=part)
     return out
 
 

@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from worker.trainer.kernels import casts
+
 _running = False
 
 
@@ -26,17 +28,18 @@ def is_running() -> bool:
 
 
 @contextmanager
-def _again() -> Iterator[None]:
+def _again(of_pass: casts.Casts | None) -> Iterator[None]:
     global _running
     _running = True
     try:
-        yield
+        with casts.using(of_pass):
+            yield
     finally:
         _running = False
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _again()
+    return nullcontext(), _again(casts.current())
 
 
 class Recomputation:

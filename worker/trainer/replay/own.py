@@ -93,7 +93,7 @@ def _as_base(base: Base) -> Iterator[None]:
     base.objective.eval()
     devices = [base.device] if base.device.type == "cuda" else []
     without_adapter = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-    with torch.random.fork_rng(devices), torch.no_grad(), without_adapter, base.objective.autocast():
+    with torch.random.fork_rng(devices), torch.no_grad(), without_adapter, base.objective.computing():
         yield
 
 

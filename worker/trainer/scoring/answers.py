@@ -126,7 +126,7 @@ def _answer(
     with (
         torch.no_grad(),
         without_adapter,
-        t.objective.autocast(),
+        t.objective.computing(),
         closing(generation.Greedy(t.objective.causal, t.template, limit, against)) as greedy,
     ):
         for _ in t.ranks.turns(stop_signal, lambda: len(given) < len(mine)):
