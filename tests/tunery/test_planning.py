@@ -229,6 +229,39 @@ def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:
     changes.check(LLAMA_8B, wide, max_seq_length=512, capacity=120 * 10**9, optimizer="adamw_8bit")
 
 
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "params": 10_592_262_144,
+    "counts": {"four_bit": 301_989_888, "experts": 9_663_676_416, "rank_1": 20_760_576, "unmerged": 9_663_676_416},
+    "active_experts_size": 6144,
+}
+
+
+def test_casts_of_adapters_are_counted() -> None:
+    """Two bytes a weight; none where layers or PEFT cast them, or nothing does."""
+
+    def casts(technique: Technique, model_info: dict[str, Any] = LLAMA_8B, **how: Any) -> int:
+        return memory.estimate(model_info, technique, max_seq_length=512, **how).parts.get("casts", 0)
+
+    assert casts(Lora()) == casts(Qlora()) == casts(Lora(modules_to_save=["lm_head"])) == 2 * 41_943_040
+    assert casts(Qlora(), device="cpu") == 2 * 41_943_040
+    for uncast in (Lora(dropout=0.1), Lora(use_dora=True), Qlora(compute_dtype="float32"), Full()):
+        assert casts(uncast) == 0
+    assert casts(Lora(), device="cpu") == casts(Lora(), ranks=2) == 0
+    of_attention = 16 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
+    assert casts(Lora(), MIXTURE) == 2 * 16 * of_attention
+    assert casts(Lora(target_modules=["q_proj", "v_proj"]), MIXTURE) == 2 * 16 * 16 * (2048 + 4096 + 2048 + 512)
+    counted = LLAMA_8B | {"counts": {"rank_1": 7_000}}
+    assert casts(Lora(r=8), counted) == 2 * 8 * 7_000
+
+
 @settings(deadline=None)
 @given(
     st.sampled_from([Full(), Lora(), Qlora(), Lora(r=256)]),
