@@ -268,10 +268,21 @@ def offering(tool: str, answer: str) -> dict[str, Any]:
 def test_rows_with_other_tools_are_others(tmp_path: Path) -> None:
     rows = [offering(tool, answer) for tool in ("get_time", "get_tide") for answer in ("I cannot tell.", "Rainy")]
     report = maker.make(written(tmp_path / "rows.jsonl", rows))
-    assert lines(report, "contradiction") == [[1, 2]]
+    assert lines(report, "contradiction") == [[1, 2], [3, 4]]
     assert not lines(report, "exact_duplicate") + lines(report, "near_duplicate")
     again = maker.make(written(tmp_path / "rows.jsonl", [*rows, rows[0]]))
     assert lines(again, "exact_duplicate") == [[1, 5]]
+
+
+def told(system: str, answer: str) -> dict[str, Any]:
+    said = (("system", system), ("user", "May I bring my dog?"), ("assistant", answer))
+    return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+
+def test_rows_with_another_system_message_are_compared_with_each_other(tmp_path: Path) -> None:
+    rows = [told("You work for a hotel.", "Yes"), *(told("You work for a museum.", answer) for answer in ("No", "Yes"))]
+    report = maker.make(written(tmp_path / "rows.jsonl", rows))
+    assert lines(report, "contradiction") == [[2, 3]]
 
 
 def test_preferences_that_are_swapped_contradict_each_other(tmp_path: Path) -> None:

@@ -73,10 +73,15 @@ def _group(rows: Sequence[Row], against: Sequence[Row]) -> list[_Question]:
 
 
 def _inside(question: _Question) -> Iterator[Pair]:
-    rows, against = question.rows, question.against
-    if rows:
-        yield from (Pair(rows[0], row, 1.0, False) for row in rows[1:])
-        yield from (Pair(row, against[0], 1.0, True) for row in rows if against)
+    """Yields each row of a question with the first one, and with the first that has the same instructions."""
+    firsts: dict[tuple[str, tuple[str, ...]], Row] = {}
+    for row in question.rows:
+        first = firsts.setdefault((texts.squash(row.system), row.tools), row)
+        if row is not question.rows[0]:
+            yield Pair(question.rows[0], row, 1.0, False)
+        if first is not row and first is not question.rows[0]:
+            yield Pair(first, row, 1.0, False)
+    yield from (Pair(row, question.against[0], 1.0, True) for row in question.rows if question.against)
 
 
 def _between(earlier: Sequence[tuple[_Question, float]], later: _Question) -> Iterator[Pair]:
