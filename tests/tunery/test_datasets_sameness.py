@@ -274,13 +274,16 @@ def test_rows_with_other_tools_are_others(tmp_path: Path) -> None:
     assert lines(again, "exact_duplicate") == [[1, 5]]
 
 
-def told(system: str, answer: str) -> dict[str, Any]:
+def instructed(system: str, answer: str) -> dict[str, Any]:
     said = (("system", system), ("user", "May I bring my dog?"), ("assistant", answer))
     return {"messages": [{"role": role, "content": text} for role, text in said]}
 
 
 def test_rows_with_another_system_message_are_compared_with_each_other(tmp_path: Path) -> None:
-    rows = [told("You work for a hotel.", "Yes"), *(told("You work for a museum.", answer) for answer in ("No", "Yes"))]
+    rows = [
+        instructed("You work for a hotel.", "Yes"),
+        *(instructed("You work for a museum.", answer) for answer in ("No", "Yes")),
+    ]
     report = maker.make(written(tmp_path / "rows.jsonl", rows))
     assert lines(report, "contradiction") == [[2, 3]]
 
