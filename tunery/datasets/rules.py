@@ -14,7 +14,7 @@ from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, noth
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, PlainText, is_answerable
 from tunery.rows.preferences import Pair
-from tunery.rows.rendered import find_marker, find_speaker, may_have_marker
+from tunery.rows.rendered import find_marker, find_speaker
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
@@ -278,10 +278,8 @@ def _count(summary: Summary, number: int, example: Example) -> None:
     if isinstance(example, PlainText) and (speaker := find_speaker(example.messages[0].content or "")):
         summary.spoken[number] = speaker
     messages = [*example.messages, example.dispreferred] if isinstance(example, Pair) else example.messages
-    for message in messages:
-        if (text := message.content) and may_have_marker(text) and (marker := find_marker(text)):
-            summary.rendered[number] = marker
-            break
+    if marker := next(filter(None, [find_marker(message.content or "") for message in messages]), None):
+        summary.rendered[number] = marker
 
 
 def _measure(summary: Summary, number: int, encoded: Encoded) -> None:

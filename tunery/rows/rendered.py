@@ -46,13 +46,10 @@ def find_speaker(text: str) -> str | None:
     return found and found[1]
 
 
-def may_have_marker(text: str) -> bool:
-    """Whether a marker may be in a text, which nearly no text has; faster than `find_marker`."""
-    return "<" in text or "INST]" in text
-
-
 def find_marker(text: str) -> str | None:
     """Returns a template's marker with which a message begins or ends, which the template would write again."""
+    if "<" not in text and "INST]" not in text:  # nearly every text, and much faster than the patterns
+        return None
     if (found := _BEGIN.match(text)) is not None:
         return found[1] or found[2]
     if not (last := text.rstrip()).endswith((">", "]")):

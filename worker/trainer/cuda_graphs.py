@@ -20,7 +20,7 @@ from worker.trainer.objective import Objective
 log = logging.getLogger(__name__)
 
 PAD_TO = (32, 128)
-"""Sequence lengths are padded to a multiple of 32, counts of labels to a multiple of 128."""
+"""What a rectangle's width and its number of labels are padded to. Other rows are padded to what `data` says."""
 MOST_GRAPHS = 48
 OVERLAPPED = 2**28
 """Bytes of gradients above which several ranks gain more by sending them during a pass than by recording it."""

@@ -1,6 +1,5 @@
 """Finds rows that answer the same question differently: with another label, another short answer or a swapped pair."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ _SHORT = 5
 """Maximum words of an answer that states one thing."""
 _WORD = 2
 """Letters of a word, about, in scripts without blanks between words."""
-_NO_BLANKS = re.compile(f"[{texts.NO_BLANKS}]")
 _HABIT, _FEW = 0.1, 3
 """The share of the questions, and their number, up to which answering one twice is no habit of the file: one that asks
 to name a fruit may do so often."""
@@ -104,12 +102,12 @@ def _answers(case: Case, pair: Pair) -> tuple[str, str, str] | None:
 
 def _size(words: Sequence[str]) -> float:
     """Returns the number of words, about, also in scripts without blanks between words."""
-    return sum(max(1, len(_NO_BLANKS.findall(word)) / _WORD) for word in words)
+    return sum(max(1, len(texts.NO_BLANK.findall(word)) / _WORD) for word in words)
 
 
 def _adds(words: Sequence[str], more: Sequence[str]) -> bool:
     """Whether an answer only says more than another one."""
-    return {*words} <= {*more} or (_NO_BLANKS.match(words[0]) is not None and more[0].startswith(words[0]))
+    return {*words} <= {*more} or (texts.NO_BLANK.match(words[0]) is not None and more[0].startswith(words[0]))
 
 
 def _shown(answer: str) -> str:

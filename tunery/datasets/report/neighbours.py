@@ -75,7 +75,7 @@ def _group(rows: Sequence[Row], against: Sequence[Row]) -> list[_Question]:
 def _inside(question: _Question) -> Iterator[Pair]:
     """Yields each row of a question with the first one, and with the first that has the same instructions."""
     firsts: dict[tuple[str, tuple[str, ...]], Row] = {}
-    for row in question.rows:
+    for row in question.rows if len(question.rows) > 1 else ():
         first = firsts.setdefault((texts.squash(row.system), row.tools), row)
         if row is not question.rows[0]:
             yield Pair(question.rows[0], row, 1.0, False)

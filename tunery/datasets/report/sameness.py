@@ -13,7 +13,6 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tunery.datasets.report import shingles, texts
 
 _END = re.compile(r"(?<=[.!?:;\u061b\u061f])\s+|\n+|(?<=[\u3002\uff01\uff1a\uff1b\uff1f])")
-_NO_BLANKS = re.compile(f"[{texts.NO_BLANKS}]")
 _LEAST_QUESTIONS, _SHARE, _LEAST_WORDS = 20, 0.2, 3
 """Different questions from which on, the share of them that must have a sentence, and words that it must have, to be an
 instruction to all of them. A greeting has fewer words."""
@@ -146,7 +145,7 @@ def _is_typo(word: str, other: str, least: int = _CONTENT) -> bool:
     """Whether words differ in one letter or in the order of two. With another letter, a word of less than `least` is
     another word, and so is what has no blanks between its words."""
     _, one, two = _difference(word, other)
-    if _NO_BLANKS.search(word):
+    if texts.NO_BLANK.search(word):
         return not one or not two
     is_swapped = len(one) == 2 and one == two[::-1]
     return is_swapped or (max(len(one), len(two)) <= 1 and (len(one) != len(two) or len(word) >= least))
@@ -157,7 +156,7 @@ def _is_spelling(word: str, other: str) -> bool:
     if word[0] != other[0] and word[-1] != other[-1]:
         return False
     longest = max(len(word), len(other))
-    if longest < _CONTENT or _NO_BLANKS.search(word):
+    if longest < _CONTENT or texts.NO_BLANK.search(word):
         return _is_typo(word, other, _LEAST_LETTERS + 1)
     start, one, two = _difference(word, other)
     has_one_stem = start >= max(_STEM, _STEM_SHARE * longest)

@@ -8,6 +8,8 @@ WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+")
 NO_BLANKS = "\u3040-\u30ff\u3400-\u9fff"
 """Letters of scripts without blanks between words, as a range of a pattern."""
+NO_BLANK = re.compile(f"[{NO_BLANKS}]")
+"""One of them."""
 
 
 def squash(text: str) -> str:
