@@ -8,72 +8,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig
+from adapted import AT_ONCE, CAST, JOINED, Counted, batch, objective
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    Gemma3TextConfig,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
 
-from worker.trainer.data import Batch, Row, collate, singles
-from worker.trainer.kernels import adapters, casts, decoder, experts
+from worker.trainer.data import Batch
+from worker.trainer.kernels import adapters, casts
 from worker.trainer.objective import Objective
-from worker.trainer.recipes import lora
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-CONFIGS = {
-    "llama": LlamaConfig(**_SIZES),
-    "qwen2": Qwen2Config(**_SIZES),
-    "qwen3": Qwen3Config(**_SIZES),
-    "qwen3_moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS),
-    "gemma3": Gemma3TextConfig(**_SIZES),  # its layers run transformers' code
-}
-CAST, JOINED, AT_ONCE = "aten._to_copy.default", "aten.cat.default", "aten._foreach_copy_.default"
-
-
-def objective(
-    family: str = "llama", folder: Path | None = None, dtype: torch.dtype = torch.bfloat16, **options: Any
-) -> Objective:
-    """Returns the objective of a model with adapters in fp32 on a base in `dtype`; in four bits if there is a folder
-    for it.
-    """
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=dtype)
-    if folder is not None:
-        model.save_pretrained(folder)
-        four_bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=four_bits)
-    model.requires_grad_(False)
-    wanted: dict[str, Any] = {"target_modules": "all-linear", "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
-    adapted = lora.with_new_adapters(model, LoraConfig(**(wanted | options)))
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            if "lora_B" in name:  # 0 at first, which leaves A without a gradient
-                torch.nn.init.normal_(parameter, std=0.1)
-    for install in (adapters.install, experts.install, decoder.install):
-        install(adapted)
-    made = Objective(adapted)
-    made.train()
-    return made
-
-
-def batch(*lengths: int) -> Batch:
-    drawn = torch.Generator().manual_seed(3)
-    ids = [torch.randint(4, 120, (length,), generator=drawn).tolist() for length in lengths or (33, 21)]
-    return collate(singles([Row(each, each) for each in ids]), [[i] for i in range(len(ids))], torch.device("cpu"))
 
 
 def change_weights(of: Objective) -> None:
@@ -104,18 +44,6 @@ def cast_by_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-class Counted(TorchDispatchMode):
-    """Counts the operations inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def counts(of: Objective) -> tuple[Counter[str], Counter[str]]:

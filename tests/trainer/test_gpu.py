@@ -18,7 +18,7 @@ from tunery.spec import Dpo, Evaluation, Full, Lora, Qlora
 from worker.trainer import checkpoints, packing
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
-from worker.trainer.kernels import adamw, adapters, casts, projections, stochastic
+from worker.trainer.kernels import accumulation, adamw, adapters, casts, projections, stochastic
 from worker.trainer.loop import _take_step
 from worker.trainer.recorded_update import can_record
 from worker.trainer.report import MessageWriter
@@ -112,9 +112,9 @@ def _projected(x: Tensor, layers: list[projections.Layer]) -> list[Tensor]:
     return [*outs, *torch.autograd.grad([out.float().pow(2).sum() for out in outs], given)]
 
 
-def test_adapters_that_are_cast_at_once_have_the_products_of_those_that_layers_cast() -> None:
+def _adapted() -> list[projections.Layer]:
     ranks, widths = (16, 3, 8), (512, 128, 640)
-    layers = [
+    return [
         projections.Layer(
             nn.Linear(256, width, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False),
             torch.randn(rank, 256, device="cuda", requires_grad=True),
@@ -123,6 +123,10 @@ def test_adapters_that_are_cast_at_once_have_the_products_of_those_that_layers_c
         )
         for rank, width in zip(ranks, widths, strict=True)
     ]
+
+
+def test_adapters_that_are_cast_at_once_have_the_products_of_those_that_layers_cast() -> None:
+    layers = _adapted()
     made = casts.Casts([casts.Adapter(each.a, each.b, torch.bfloat16, "x") for each in layers])
     made.update()
     x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -131,6 +135,34 @@ def test_adapters_that_are_cast_at_once_have_the_products_of_those_that_layers_c
     found = _projected(x, [replace(each, cast=made.of(each.a, each.b)) for each in layers])
 
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_gradients_of_adapters_are_added_by_one_launch() -> None:
+    layers = _adapted()
+    factors = [part for layer in layers for part in (layer.a, layer.b)]
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def loss() -> Tensor:
+        return torch.stack([out.float().pow(2).sum() for out in projections.project(x, layers)]).sum()
+
+    loss().backward()
+    loss().backward()
+    wanted = [factor.grad for factor in factors]
+    for factor in factors:
+        factor.grad = None
+    loss().backward()
+    again = loss()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with accumulation.together():
+            again.backward()
+        torch.cuda.synchronize()
+
+    names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+    assert sum("multi_tensor_apply" in name for name in names) == 1
+    for factor, total in zip(factors, wanted, strict=True):
+        assert factor.grad is not None
+        assert total is not None
+        assert torch.equal(factor.grad, total)
 
 
 def test_adapters_of_a_model_are_cast_in_a_few_launches() -> None:

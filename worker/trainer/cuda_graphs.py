@@ -14,6 +14,7 @@ from torch import Tensor
 from tunery.planning.expected import RECORDED_PARAMS, RECORDED_TOKENS
 from worker.trainer import experts, rope
 from worker.trainer.data import Batch
+from worker.trainer.kernels import accumulation
 from worker.trainer.memory import shortage_noticed
 from worker.trainer.objective import Objective
 
@@ -91,7 +92,8 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
     """
     with shortage_noticed():
         sums = objective.sums(batch, scale)
-        sums["loss"].backward()
+        with accumulation.together():
+            sums["loss"].backward()
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 

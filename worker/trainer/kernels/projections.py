@@ -19,7 +19,7 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from worker.trainer.kernels import casts, elementwise, fp8
+from worker.trainer.kernels import accumulation, casts, elementwise, fp8
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class _Project(torch.autograd.Function):
         rows, lora_hidden, *flat = ctx.saved_tensors
         flats = [grad.reshape(-1, grad.shape[-1]).to(lora_hidden.dtype) for grad in grads]
         grad_rows, learnt = _backward(flats, rows, lora_hidden, _layers(ctx.fixed, flat), ctx.needs_input_grad[0])
-        return _shaped(grad_rows, ctx), None, *learnt
+        return _shaped(grad_rows, ctx), None, *map(accumulation.of, flat, learnt)
 
 
 class _Gated(torch.autograd.Function):
@@ -336,7 +336,7 @@ class _Gated(torch.autograd.Function):
         del inner
         flats = [part.reshape(-1, part.shape[-1]).to(lora_hidden.dtype) for part in both]
         grad_rows, learnt = _backward(flats, rows, lora_hidden, gate_up, ctx.needs_input_grad[0])
-        return _shaped(grad_rows, ctx), None, None, *learnt, grad_a, grad_b
+        return _shaped(grad_rows, ctx), None, None, *map(accumulation.of, flat, [*learnt, grad_a, grad_b])
 
 
 def _shaped(grad_rows: Tensor | None, ctx: Any) -> Tensor | None:
