@@ -6,6 +6,7 @@ dozen graphs; padded positions predict nothing (label -100), so sums are unchang
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from tunery.planning.expected import RECORDED_PARAMS, RECORDED_TOKENS
 from worker.trainer import experts, rope
 from worker.trainer.data import Batch
+from worker.trainer.decoding.graphs import CudaRecorder, Recorder
 from worker.trainer.kernels import accumulation
 from worker.trainer.memory import shortage_noticed
 from worker.trainer.objective import Objective
@@ -33,56 +35,65 @@ two, so that undoing it is exact.
 
 @dataclass
 class _Recorded:
-    graph: torch.cuda.CUDAGraph
     batch: Batch
     sums: Tensor
+    replay: Callable[[], None]
 
 
 class CudaGraphs:
     """The captured passes of one objective. Like eager passes, they accumulate into `.grad`."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, recorder: Recorder | None = None) -> None:
         self._objective = objective
+        self._recorder = recorder or CudaRecorder()
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
         self._seen: set[tuple[object, ...]] = set()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._each_warms_up = False
         self.failed = False
 
     def run(self, batch: Batch) -> Tensor:
         """Returns the method's sums over a batch, "loss" scaled by SCALE, and accumulates the gradient, scaled too.
 
-        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured. A batch that
-        is too large to gain from it always runs eagerly.
+        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured. Of
+        concatenated rows, whose kernels are the same for any number of tokens, only the first shape is warmed up. A
+        batch that is too large to gain from it always runs eagerly.
         """
         if batch.input_ids.numel() > RECORDED_TOKENS:
             return forward_backward(self._objective, batch, SCALE)
         key = _shape(batch)
-        if key not in self._recorded and key in self._seen and not self.failed and len(self._recorded) < MOST_GRAPHS:
+        if key not in self._recorded and self._is_warm(key, batch) and len(self._recorded) < MOST_GRAPHS:
             self._record(key, batch)
         self._seen.add(key)
         if key not in self._recorded:
             return forward_backward(self._objective, batch, SCALE)
         found = self._recorded[key]
         _copy(batch, found.batch)
-        found.graph.replay()
+        found.replay()
         return found.sums.clone()
 
+    def _is_warm(self, key: tuple[object, ...], batch: Batch) -> bool:
+        """Whether batches of this shape can be captured: not before their kernels have been loaded."""
+        if key in self._seen or self.failed:
+            return not self.failed
+        return not self._each_warms_up and _is_concatenated(batch) and any(map(_has_ends, self._recorded))
+
     def _record(self, key: tuple[object, ...], batch: Batch) -> None:
-        """Captures a pass over batches of this shape without running it; after a failure nothing more is captured."""
-        graph = torch.cuda.CUDAGraph()
-        sums = torch.zeros(len(self._objective.method.sums), dtype=torch.float64, device=batch.input_ids.device)
+        """Captures a pass over batches of this shape without running it. If that fails, nothing more is captured, or,
+        if this was the shape's first batch, from now on each shape is warmed up.
+        """
         try:
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool):
-                sums.copy_(forward_backward(self._objective, batch, SCALE))
+            sums, replay = self._recorder.record(lambda: forward_backward(self._objective, batch, SCALE))
         except RuntimeError as error:
+            if key not in self._seen:
+                self._each_warms_up = True
+                return
             log.warning(
                 "this model's steps cannot be captured as CUDA graphs and run without them: %s",
                 str(error).splitlines()[0],
             )
             self.failed = True
         else:
-            self._recorded[key] = _Recorded(graph, batch, sums)
+            self._recorded[key] = _Recorded(batch, sums, replay)
 
 
 def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor:
@@ -126,6 +137,15 @@ def _shape(batch: Batch) -> tuple[object, ...]:
     ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
     longest = None if batch.borders is None else batch.borders.longest
     return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest
+
+
+def _is_concatenated(batch: Batch) -> bool:
+    return batch.borders is not None and batch.borders.ends is not None
+
+
+def _has_ends(key: tuple[object, ...]) -> bool:
+    """Whether a key of `_shape` is that of concatenated rows."""
+    return key[3] is not None
 
 
 def _copy(source: Batch, target: Batch) -> None:

@@ -1,0 +1,97 @@
+"""Tests which passes are recorded, on a CPU: a recording computes its pass again, from the tensors it was made of."""
+
+import random
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+import torch
+from run_folders import chat, lay_out, plan
+from torch import Tensor
+
+from tunery.spec import Lora
+from worker.trainer import cuda_graphs
+from worker.trainer.cuda_graphs import SCALE, CudaGraphs, forward_backward
+from worker.trainer.data import Batch, Row, collate, singles
+from worker.trainer.objective import Objective
+from worker.trainer.report import MessageWriter
+from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
+
+CPU = torch.device("cpu")
+
+
+class Again:
+    """Counts recordings; each replay does the recorded work anew."""
+
+    nbytes = 0
+
+    def __init__(self, refused: Collection[int] = ()) -> None:
+        """`refused`: which of the recordings fail, counted from 1."""
+        self.tried, self._refused = 0, refused
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        self.tried += 1
+        if self.tried in self._refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        def replay() -> None:
+            sums.copy_(work())
+
+        return sums, replay
+
+    def forget(self) -> None:
+        pass
+
+
+@pytest.fixture
+def objective(tmp_path: Path, tiny: Path) -> Objective:
+    lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4)), [chat(i) for i in range(4)])
+    return prepare(tmp_path / "run", MessageWriter(None), StopSignal()).objective
+
+
+def rows_of(*lengths: int) -> Batch:
+    numbers = random.Random(str(lengths))
+    rows = [Row(ids, ids) for ids in ([numbers.randrange(5, 50) for _ in range(length)] for length in lengths)]
+    places = [[place] for place in range(len(rows))]
+    return collate(singles(rows), places, CPU, cuda_graphs.PAD_TO, borders=True)
+
+
+def tried(objective: Objective, recorder: Again, batches: list[Batch]) -> list[int]:
+    """Runs passes, which must compute what plain ones do; returns how many recordings there were after each."""
+    graphs, counts = CudaGraphs(objective, recorder), []
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    for batch in batches:
+        objective.zero_grad()
+        wanted, gradients = forward_backward(objective, batch, SCALE), [p.grad for p in parameters]
+        objective.zero_grad()
+        torch.testing.assert_close(graphs.run(batch), wanted)
+        torch.testing.assert_close([p.grad for p in parameters], gradients)
+        counts.append(recorder.tried)
+    return counts
+
+
+def test_only_the_first_shape_of_concatenated_rows_is_warmed_up(objective: Objective) -> None:
+    batches = [rows_of(60, 20), rows_of(50, 30), rows_of(120, 20), rows_of(120, 25), rows_of(200, 20)]
+
+    assert tried(objective, Again(), batches) == [0, 1, 2, 2, 3]
+
+
+def test_each_shape_of_rows_beside_each_other_is_warmed_up(objective: Objective) -> None:
+    batches = [rows_of(60, 20), rows_of(60, 20), rows_of(60, 59), rows_of(60, 59), rows_of(100, 99)]
+
+    assert tried(objective, Again(), batches) == [0, 1, 1, 2, 2]
+
+
+def test_each_shape_is_warmed_up_once_a_cold_one_could_not_be_recorded(objective: Objective) -> None:
+    cold, colder = rows_of(120, 20), rows_of(200, 20)
+    batches = [rows_of(60, 20), rows_of(60, 20), cold, cold, colder, colder]
+
+    assert tried(objective, Again(refused={2}), batches) == [0, 1, 2, 3, 3, 4]
+
+
+def test_nothing_is_recorded_once_a_warm_shape_could_not_be(objective: Objective) -> None:
+    batches = [rows_of(60, 20), rows_of(60, 20), rows_of(60, 20), rows_of(120, 20), rows_of(120, 20)]
+
+    assert tried(objective, Again(refused={1}), batches) == [0, 1, 1, 1, 1]
