@@ -183,10 +183,14 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
     slowest = sorted(measured, key=lambda step: step["seconds"], reverse=True)[:5]
     peak = said[-1]["peak_memory_bytes"] if done else None
     reserved = [float(found[1]) for line in log if (found := re.search(r"([\d.]+) GiB reserved", line))]
+    recording = next(
+        (float(found[1]) for line in log if (found := re.search(r"recorded \d+ passes in ([\d.]+) s", line))), 0.0
+    )
     around = seconds["whole"] - sum(s["seconds"] for s in steps)
     return {
         "tok_s": round(tokens / training),
-        "all_steps_tok_s": round(steps[-1]["tokens"] / sum(step["seconds"] for step in steps)),
+        "all_steps_tok_s": round(steps[-1]["tokens"] / (recording + sum(step["seconds"] for step in steps))),
+        "recording_s": recording,
         "step_ms": round(1000 * statistics.median(step["seconds"] for step in measured), 1),
         "slowest_ms": [round(1000 * step["seconds"]) for step in slowest],
         "slowest_steps": [step["step"] for step in slowest],

@@ -3,8 +3,9 @@
 
 Weak scaling: each GPU has four rows of 1,900 to 1,906 tokens a step, however many there are. Strong scaling: all of
 them together have eight rows of a step, of the lengths of instruction data. Every run is the trainer's own process, as
-a worker preloads it. `all_steps` counts the seconds of every step, with the compilation and capture of the first ones;
-`steady` those after `--skip` steps. OUT.json is written after every kind. The checkpoints are random. Needs two GPUs.
+a worker preloads it. `all_steps` counts the seconds of every step, with the compilation of the first ones, and
+those in which passes are recorded before them; `steady` those after `--skip` steps. OUT.json is written after every
+kind. The checkpoints are random. Needs two GPUs.
 """
 
 import argparse

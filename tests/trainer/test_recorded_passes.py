@@ -58,9 +58,9 @@ def rows_of(*lengths: int) -> Batch:
     return collate(singles(rows), places, CPU, cuda_graphs.PAD_TO, borders=True)
 
 
-def tried(objective: Objective, recorder: Again, batches: list[Batch]) -> list[int]:
+def tried(objective: Objective, recorder: Again, batches: list[Batch], graphs: CudaGraphs | None = None) -> list[int]:
     """Runs passes, which must compute what plain ones do; returns how many recordings there were after each."""
-    graphs, counts = CudaGraphs(objective, recorder), []
+    graphs, counts = graphs or CudaGraphs(objective, recorder), []
     parameters = [p for p in objective.parameters() if p.requires_grad]
     for batch in batches:
         objective.zero_grad()
@@ -95,3 +95,57 @@ def test_nothing_is_recorded_once_a_warm_shape_could_not_be(objective: Objective
     batches = [rows_of(60, 20), rows_of(60, 20), rows_of(60, 20), rows_of(120, 20), rows_of(120, 20)]
 
     assert tried(objective, Again(refused={1}), batches) == [0, 1, 1, 1, 1]
+
+
+def test_passes_that_are_recorded_ahead_are_not_recorded_again(objective: Objective) -> None:
+    recorder = Again()
+    batches = [rows_of(60, 20), rows_of(60, 59), rows_of(120, 20), rows_of(60, 20)]
+    graphs = CudaGraphs(objective, recorder)
+    graphs.record_ahead(batches)
+    assert graphs.count == 3
+
+    assert tried(objective, recorder, [*batches, rows_of(200, 20)], graphs) == [3, 3, 3, 3, 4]
+
+
+def test_most_frequent_passes_are_recorded_ahead(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
+    graphs = CudaGraphs(objective, recorder := Again())
+    graphs.record_ahead([rows_of(120, 20), rows_of(60, 20), rows_of(60, 20), rows_of(200, 20)])
+    assert [found.batch.tokens for found in graphs._recorded.values()] == [80]
+    assert tried(objective, recorder, [rows_of(60, 20), rows_of(200, 20), rows_of(200, 20)], graphs) == [1, 1, 1]
+
+
+def test_nothing_more_is_recorded_ahead_after_a_failure(objective: Objective) -> None:
+    graphs = CudaGraphs(objective, recorder := Again(refused={1}))
+    graphs.record_ahead([rows_of(60, 20), rows_of(120, 20), rows_of(60, 59)])
+    assert graphs.failed
+    assert recorder.tried == 1
+
+
+@pytest.mark.parametrize("enough", [True, False], ids=["enough-memory", "short-of-memory"])
+def test_recording_ahead_changes_nothing(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, *, enough: bool
+) -> None:
+    lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4, dropout=0.5)), [chat(i) for i in range(8)])
+    found = []
+    for ahead in (False, True):
+        t = prepare(tmp_path / "run", MessageWriter(None), StopSignal())
+        t.stepper.graphs = CudaGraphs(t.objective, recorder := Again())
+        t.objective.train()
+        torch.manual_seed(1)
+        if ahead:
+            with monkeypatch.context() as patched:
+                if not enough:
+                    patched.setattr(cuda_graphs, "forward_backward", _short_of_memory)
+                t.stepper.record_ahead([[0, 1], [2, 3, 4]])
+        assert (recorder.tried > 0) == (ahead and enough)
+        weight = t.stepper.weight([0, 1])
+        sums = t.stepper.accumulate([0, 1], weight)
+        found.append([sums, *(p.grad for p in t.parameters.values() if p.grad is not None), torch.rand(3)])
+
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def _short_of_memory(objective: Objective, batch: Batch, scale: float) -> Tensor:
+    forward_backward(objective, batch, scale)
+    raise torch.OutOfMemoryError

@@ -6,7 +6,8 @@ dozen graphs; padded positions predict nothing (label -100), so sums are unchang
 """
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class CudaGraphs:
         if batch.input_ids.numel() > RECORDED_TOKENS:
             return forward_backward(self._objective, batch, SCALE)
         key = _shape(batch)
-        if key not in self._recorded and self._is_warm(key, batch) and len(self._recorded) < MOST_GRAPHS:
+        if self._is_warm(key, batch):
             self._record(key, batch)
         self._seen.add(key)
         if key not in self._recorded:
@@ -70,6 +71,31 @@ class CudaGraphs:
         _copy(batch, found.batch)
         found.replay()
         return found.sums.clone()
+
+    def record_ahead(self, batches: Iterable[Batch]) -> None:
+        """Captures the passes over the shapes of these batches, the most frequent ones if they are too many. Adds to
+        gradients what means nothing. Raises torch.OutOfMemoryError.
+        """
+        examples: dict[tuple[object, ...], Batch] = {}
+        times: Counter[tuple[object, ...]] = Counter()
+        for batch in batches:
+            if batch.input_ids.numel() <= RECORDED_TOKENS:
+                examples.setdefault(_shape(batch), batch)
+                times[_shape(batch)] += 1
+        chosen = [key for key, _ in times.most_common(MOST_GRAPHS)]
+        # The largest first: the others find their memory in what it took.
+        for key in sorted(chosen, key=lambda key: examples[key].input_ids.numel(), reverse=True):
+            if self.failed:
+                return
+            if not self._is_warm(key, examples[key]):
+                forward_backward(self._objective, examples[key], SCALE)
+                self._seen.add(key)
+            self._record(key, examples[key])
+
+    @property
+    def count(self) -> int:
+        """How many passes have been recorded."""
+        return len(self._recorded)
 
     def _is_warm(self, key: tuple[object, ...], batch: Batch) -> bool:
         """Whether batches of this shape can be captured: not before their kernels have been loaded."""
@@ -81,6 +107,8 @@ class CudaGraphs:
         """Captures a pass over batches of this shape without running it. If that fails, nothing more is captured, or,
         if this was the shape's first batch, from now on each shape is warmed up.
         """
+        if key in self._recorded or len(self._recorded) == MOST_GRAPHS:
+            return
         try:
             sums, replay = self._recorder.record(lambda: forward_backward(self._objective, batch, SCALE))
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from worker.trainer.general import measure as general
 from worker.trainer.loop import train
 from worker.trainer.objective import all_and_trainable
 from worker.trainer.parallel import Ranks
-from worker.trainer.replay import own
+from worker.trainer.replay import mixing, own
 from worker.trainer.replay import rows as replay
 from worker.trainer.report import MessageWriter
 from worker.trainer.scoring import comparison, latency, sampled
@@ -41,6 +42,11 @@ from worker.trainer.stop_signal import Stopped, StopSignal
 from worker.trainer.training import Progress, Training
 
 log = logging.getLogger(__name__)
+
+FORESEEN_STEPS, FORESEEN_TOKENS = 400, 2**20
+"""The most steps of which the passes are recorded before the first one, and their most tokens: the host needs a
+millisecond to build the batches of 2,000 tokens.
+"""
 
 
 def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> bool:
@@ -61,9 +67,10 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
         reference.attach(t)
         progress = _resume(t)
         _announce(t, progress)
-        writer.write(Phase(phase="training"))
-        t.timer.end_preparation(time.monotonic() - began)
         with _few_collections():
+            _record_ahead(t, progress)
+            writer.write(Phase(phase="training"))
+            t.timer.end_preparation(time.monotonic() - began)
             done = train(t, progress)
         if done:
             scored = comparison.score(
@@ -172,6 +179,14 @@ def _resume(t: Training) -> Progress:
         t.eight_bits.widen(progress.wide)
     log.info("resuming after step %d of %s", progress.step, snapshot)
     return progress
+
+
+def _record_ahead(t: Training, progress: Progress) -> None:
+    """Records the passes of the next steps, if they are recorded."""
+    of_a_step = t.rows.tokens_a_step(t.plan.batch_size, t.ranks.count)
+    count = min(t.total_steps - progress.step, FORESEEN_STEPS, math.ceil(FORESEEN_TOKENS / of_a_step))
+    steps = range(progress.step + 1, progress.step + count + 1)
+    t.stepper.record_ahead(mixing.examples_of_step(t.rows, step, t.plan.batch_size, t.plan.seed) for step in steps)
 
 
 def _announce(t: Training, progress: Progress) -> None:

@@ -1,6 +1,7 @@
 """Takes optimizer steps: splits a step's rows to fit the device, and retries a step that runs out of memory."""
 
 import logging
+import time
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -125,6 +126,24 @@ class Stepper:
             self.shards.take_gradients()
         self._reducer.finish()
         return sums
+
+    def record_ahead(self, steps: Iterable[list[int]]) -> None:
+        """Records the passes of these steps, each given by its examples, if passes are recorded at all.
+
+        Why not each in the step that first needs it: there the other ranks wait for it, here all record at once.
+        """
+        if self.graphs is None:
+            return
+        began = time.monotonic()
+        parts = (part for drawn in steps for part in self.micro_batches(drawn))
+        self.objective.train()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            try:
+                self.graphs.record_ahead(map(self._collate, parts))
+            except torch.OutOfMemoryError:  # the step that needs this pass finds a plan for it
+                log.info("the passes of later steps are recorded in these: there is not enough memory for all at once")
+        self._optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors
+        log.info("recorded %d passes in %.2f s", self.graphs.count, time.monotonic() - began)
 
     def prepare(self, drawn: list[int]) -> None:
         """Builds the micro-batches of the next step, while the GPU still computes this one."""
