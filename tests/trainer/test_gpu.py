@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import pytest
@@ -22,7 +22,7 @@ from worker.trainer.kernels import accumulation, adamw, adapters, casts, project
 from worker.trainer.loop import _take_step
 from worker.trainer.recorded_update import can_record
 from worker.trainer.report import MessageWriter
-from worker.trainer.run import carry_out, prepare
+from worker.trainer.run import carry_out, prepare, record_ahead
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress
 
@@ -39,17 +39,25 @@ EACH_TECHNIQUE = pytest.mark.parametrize(
 )
 
 
-def losses(folder: Path, base: Path, recorded: bool, **changes: Any) -> list[tuple[float, float]]:
+Recorded = Literal["never", "in the steps", "ahead"]
+
+
+def losses(folder: Path, base: Path, recorded: Recorded, **changes: Any) -> list[tuple[float, float]]:
     t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), MessageWriter(None), StopSignal())
     assert t.stepper.graphs is not None
-    if not recorded:
+    if recorded == "never":
         t.stepper.adopt(replace(t.stepper.memory, graphs=False))
     progress = Progress()
+    if recorded == "ahead":
+        record_ahead(t, progress)
+        before = t.stepper.graphs.count
+        assert before > 0
     steps = [_take_step(t, progress)[0] for _ in range(t.total_steps)]
-    if recorded:
+    if recorded != "never":
         assert t.stepper.graphs is not None
         assert not t.stepper.graphs.failed
-        assert len(t.stepper.graphs._recorded) > 0
+        assert t.stepper.graphs.count > 0
+        assert recorded == "in the steps" or t.stepper.graphs.count == before
         update = t.stepper._recorded
         assert (update is not None) == can_record(t.optimizer)
         assert update is None or update._replay is not None
@@ -59,13 +67,13 @@ def losses(folder: Path, base: Path, recorded: bool, **changes: Any) -> list[tup
 @EACH_TECHNIQUE
 def test_recorded_passes_train_as_usual_ones_do(tmp_path: Path, tiny: Path, technique: Any) -> None:
     rate = 1e-4 if isinstance(technique, Full) else 1e-3
-    usual, recorded = (
-        losses(tmp_path / str(flag), tiny, flag, technique=technique, learning_rate=rate) for flag in (False, True)
-    )
+    when: tuple[Recorded, ...] = ("never", "in the steps", "ahead")
+    usual, *recorded = (losses(tmp_path / each, tiny, each, technique=technique, learning_rate=rate) for each in when)
 
-    for (loss, norm), (other_loss, other_norm) in zip(usual, recorded, strict=True):
-        assert other_loss == pytest.approx(loss, rel=0.02)
-        assert other_norm == pytest.approx(norm, rel=0.1)
+    for found in recorded:
+        for (loss, norm), (other_loss, other_norm) in zip(usual, found, strict=True):
+            assert other_loss == pytest.approx(loss, rel=0.02)
+            assert other_norm == pytest.approx(norm, rel=0.1)
 
 
 @EACH_TECHNIQUE

@@ -68,7 +68,7 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
         progress = _resume(t)
         _announce(t, progress)
         with _few_collections():
-            _record_ahead(t, progress)
+            record_ahead(t, progress)
             writer.write(Phase(phase="training"))
             t.timer.end_preparation(time.monotonic() - began)
             done = train(t, progress)
@@ -181,7 +181,7 @@ def _resume(t: Training) -> Progress:
     return progress
 
 
-def _record_ahead(t: Training, progress: Progress) -> None:
+def record_ahead(t: Training, progress: Progress) -> None:
     """Records the passes of the next steps, if they are recorded."""
     of_a_step = t.rows.tokens_a_step(t.plan.batch_size, t.ranks.count)
     count = min(t.total_steps - progress.step, FORESEEN_STEPS, math.ceil(FORESEEN_TOKENS / of_a_step))
