@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +146,16 @@ def test_adapters_that_are_cast_at_once_have_the_products_of_those_that_layers_c
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+def _kernels(work: Callable[[], None]) -> list[str]:
+    """Returns the names of the kernels that run."""
+    # torch 2.11 warns of whatever it does with a profile.
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with warnings.catch_warnings(action="ignore"), torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+
+
 def test_gradients_of_adapters_are_added_by_one_launch() -> None:
     layers = _adapted()
     factors = [part for layer in layers for part in (layer.a, layer.b)]
@@ -160,12 +171,13 @@ def test_gradients_of_adapters_are_added_by_one_launch() -> None:
         factor.grad = None
     loss().backward()
     again = loss()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+
+    def add() -> None:
         with accumulation.together():
             again.backward()
-        torch.cuda.synchronize()
 
-    names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+    names = _kernels(add)
+
     assert sum("multi_tensor_apply" in name for name in names) == 1
     for factor, total in zip(factors, wanted, strict=True):
         assert factor.grad is not None
@@ -178,15 +190,8 @@ def test_adapters_of_a_model_are_cast_in_a_few_launches() -> None:
     pairs = [(torch.randn(16, 256, **sizes), torch.randn(512, 16, **sizes)) for _ in range(112)]  # 16 layers of 7
     made = casts.Casts([casts.Adapter(a, b, torch.bfloat16, i // 4) for i, (a, b) in enumerate(pairs)])
     made.update()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    # torch 2.11 warns of whatever it does with a profile.
-    with warnings.catch_warnings(action="ignore"), torch.profiler.profile(activities=activities) as profile:
-        made.update()
-        torch.cuda.synchronize()
 
-    kernels = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
-
-    assert 0 < len(kernels) <= 4
+    assert 0 < len(_kernels(made.update)) <= 4
     for a, b in pairs:
         found = made.of(a, b)
         assert found is not None
