@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Again:
-    """Counts recordings; each replay does the recorded work anew."""
+    """Counts recordings; each replay does the recorded work again."""
 
     nbytes = 0
 
