@@ -10,6 +10,7 @@ from typing import Any, Literal
 import bitsandbytes
 import pytest
 import torch
+from eight_bit_steps import Steps
 from peft import LoraConfig, get_peft_model
 from run_folders import Ear, chat, lay_out, plan, said
 from torch import Tensor, nn
@@ -236,6 +237,20 @@ def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path, own: bool, mon
         assert moved[half].mean().item() == pytest.approx(wanted[half].mean().item(), rel=0.01)
     # Each weight differs only by its own rounding, a few bf16 steps at 0.04, not by a fraction of its movement.
     assert (moved - wanted).std().item() < 5e-4
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_eight_bit_steps_of_buckets_on_the_gpu_are_those_of_bitsandbytes(paged: bool) -> None:
+    made = Steps("cuda", paged=paged)
+    made.take(3)
+    made.take(2, without=[4])
+
+    made.assert_same()
+    names = _kernels(made.ours.step)
+    # The two parts of a bucket beside the parameter without a gradient, the second group's bucket, the matrix that ends
+    # within a block; and the large one, if it is paged.
+    assert sum("Static8bit" in name for name in names) == 4 + paged
+    assert len(names) < len(made.parameters)
 
 
 @pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4), Full()], ids=["lora", "qlora", "full"])
