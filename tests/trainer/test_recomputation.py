@@ -68,6 +68,32 @@ def test_gradients_are_those_without_recomputation(family: str, adapted: bool, c
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize(
+    ("family", "dropout", "of_attention", "asked"),
+    [("llama", 0.0, 0.0, 0), ("llama", 0.5, 0.0, 3), ("llama", 0.0, 0.5, 3), ("gemma3", 0.0, 0.0, 3)],
+)
+def test_random_state_is_kept_where_a_layer_may_draw(
+    family: str, dropout: float, of_attention: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of layers that run transformers' own code one cannot tell."""
+    model, calls = model_of(family, adapted=True, dropout=dropout), 0
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = of_attention
+    usual = torch.get_rng_state
+
+    def counting() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return usual()
+
+    Recomputation(model).of(3)
+    monkeypatch.setattr(torch, "get_rng_state", counting)
+    model(input_ids=IDS, use_cache=False)
+
+    assert calls == asked
+
+
 def test_dropout_draws_the_same_again() -> None:
     model = model_of("llama", adapted=True, dropout=0.5)
     wanted = gradients(model)

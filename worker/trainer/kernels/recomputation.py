@@ -59,7 +59,15 @@ class Recomputation:
         self.count, self.offloads = min(count, len(self.layers)), offload
         host = HostCopies() if offload else None
         for layer in self.layers[: self.count]:
-            layer.forward = _recomputed(layer.forward, host)
+            layer.forward = _recomputed(layer.forward, host, draws=_draws(layer))
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Whether a layer may draw random numbers: a fast one does for dropout only, of others one cannot tell."""
+    if "forward" not in vars(layer):
+        return True
+    name = {True: "p", False: "attention_dropout"}
+    return any(getattr(each, name[isinstance(each, nn.Dropout)], 0.0) > 0 for each in layer.modules())
 
 
 def _unwrap(layer: Any) -> None:
@@ -70,13 +78,16 @@ def _unwrap(layer: Any) -> None:
         layer.forward = inner
 
 
-def _recomputed(forward: Callable[..., Any], host: "HostCopies | None") -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], host: "HostCopies | None", *, draws: bool) -> Callable[..., Any]:
+    """Returns `forward` with recomputation. `draws`: its random numbers are drawn again, which takes the host time."""
+
     @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         with host.keeping() if host is not None else nullcontext():
-            return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=_contexts)
+            run = partial(forward, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, context_fn=_contexts, preserve_rng_state=draws)
 
     return wrapped
 
