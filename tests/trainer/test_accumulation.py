@@ -100,6 +100,21 @@ def test_hooks_see_every_gradient_in_its_sum() -> None:
     assert equal(gradients(made), seen)
 
 
+def test_hooks_of_a_gradient_see_it_and_change_it() -> None:
+    made = objective()
+    parameter = next(p for p in made.parameters() if p.requires_grad)
+    for _ in range(2):
+        together(made, 12)
+    whole = parameter.grad.clone() if parameter.grad is not None else None
+    parameter.register_hook(lambda gradient: gradient * 2)
+    made.zero_grad(set_to_none=False)
+    for _ in range(2):
+        together(made, 12)
+    assert whole is not None
+    assert parameter.grad is not None
+    assert torch.equal(parameter.grad, 2 * whole)
+
+
 def test_gradients_that_are_asked_for_are_not_added() -> None:
     made = objective()
     together(made, 12)

@@ -56,11 +56,11 @@ def together() -> Iterator[None]:
 def of(parameter: Tensor, grad: Tensor) -> Tensor | None:
     """Returns the gradient that a function gives to autograd: None if it is added with others instead.
 
-    Not where a hook has to see the sum, as on several ranks, which then send it; and not without `together`, where
-    `torch.autograd.grad` may have asked for it.
+    Not where a hook has to see it, or the sum, as on several ranks, which then send it; and not without `together`,
+    where `torch.autograd.grad` may have asked for it.
     """
     adds = parameter.is_leaf and parameter.requires_grad and parameter.grad is not None
-    if _waiting is None or not adds or parameter._post_accumulate_grad_hooks:
+    if _waiting is None or not adds or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return grad
     _waiting.take(parameter, grad)
     return None
