@@ -68,6 +68,9 @@ ROWS = {
     "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
     "lora moe": Row("qwen3-30b-a3b", "lora", stacks=("tunery", "unsloth", "trl-liger")),
     "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=8.35, peer_leave=11.5, optimizer="adamw_8bit"),
+    "qlora 8b small fp8": Row(
+        "llama3-8b", "qlora-fp8", recompute=True, leave=8.35, peer_leave=11.5, optimizer="adamw_8bit"
+    ),
     "full 1b small": Row("llama3-1b", "full", recompute=True, leave=11.6, peer_leave=14.0),
 }
 """The rows in the order in which they are measured. A short job's figure is `around_the_steps` of "lora 1b"."""
