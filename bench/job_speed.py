@@ -202,6 +202,8 @@ def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str
         "losses": [round(step["train_loss"], 4) for step in steps],
         "grad_norms": [round(step["grad_norm"], 4) for step in steps],
         "plan": [line.partition("plan: ")[2] for line in log if "memory plan: " in line][-1:],
+        "later_plans": [line.partition("from here on: ")[2] for line in log if "memory plan from here on" in line],
+        "needs": [line.partition("INFO ")[2] or line for line in log if "MiB for activations" in line][-1:],
     }
 
 
