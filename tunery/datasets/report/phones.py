@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import phonenumbers
 from phonenumbers import Leniency, NumberParseException, PhoneNumberMatcher
 
+from tunery.datasets.report import number_names
+from tunery.datasets.report.number_names import NO_PHONES, PHONES
+
 _INTERNATIONAL = re.compile(
     r"(?<![\w/*=-])(?!(?<=[\d)] )\+ )(?:\((?=\+\d{1,3}\)))?\+(?:[\d\s().-]|/(?=\d{3})|/ (?=\d{3})){6,}\d(?![\w*=-]|/\d)"
 )
@@ -51,40 +54,19 @@ _RANGE = re.compile(r"\d+|\d{1,5} ?[-/] ?\d{1,5}|[1-9]\d{0,2}(?: \d{3})+")
 _DIFFERENT = 3
 """Least different characters of a number."""
 
-_NUMBER = r"(?:[ _-]?(?:numbers?|numéro|nummer|n[or]|\#|n°))?"
-_PHONES = (
-    r"(?:(?:tele|cell)?phones?|tel|cell|mobile|landline|fax|hotline|helpline|(?:direct|phone)\ line|whatsapp|sms"
-    r"|contact\ (?:number|no)|toll[ -]free|telefon\w*|handy(?:s|nummer)?|mobil(?:nummer|funk\w*|telefon\w*|nr)?"
-    r"|rufnummer|festnetz\w*|durchwahl|faxnummer|téléphone|tél|portable|télécopie|teléfono\w*|móvil|celular|fijo"
-    r"|cellulare|telefone|telemóvel|telefoon\w*|mobiele?|gsm|komórk\w*|puhelin\w*|cep\ (?:no|numara\w*)|телефон\w*|тел)"
-    + _NUMBER
-)
 _CALLS = (
     r"(?:call(?:s|ing|back)?|dial(?:ed|led|ing|ling)?|ring(?:ing)?|text(?:ing)?|reach(?:ed|able|ing)?"
     r"|contact\w*|anruf\w*|ruf(?:e|en|t)?|angerufen|erreich\w*|meld\w*|appel\w*|rappel\w*|join(?:dre|able|ables)"
     r"|llam\w*|chiam\w*|richiam\w*|contatt\w*|lig(?:ar|ue|uem)|bel(?:len|t)?|bereik\w*|(?:za)?dzwo\w*)"
 )
 _NUMBERS = r"(?:numbers?|nummer|numéro|número|numero|numer)"
-_OTHERS = (
-    r"(?:order|account|acct|invoice|ticket|case|reference|ref|tracking|serial|model|policy|member(?:ship)?|booking"
-    r"|confirmation|reservation|transaction|parcel|shipment|product|article|item|part|batch|version|build|port|card"
-    r"|credit|debit|iban|bic|swift|passport|licen[cs]e|social\ security|ssn|vat|tax|isbn|issn|doi|sku|imei|ip|pin|otp"
-    r"|code|zip|postcode|pages?|pp|years?|date|population|amount|total|price|costs?|balance|sum|vol|volume|grid"
-    r"|coordinates?|latitude|longitude|lat|lon|customer\ (?:number|no|id)|bestell(?:ung|nummer|nr)|kunden(?:nummer|nr)"
-    r"|rechnung(?:snummer|snr)?|konto(?:nummer|nr)?|vorgang(?:snummer)?|sendung(?:snummer)?|artikel(?:nummer|nr)?"
-    r"|auftrag(?:snummer)?|vertrag(?:snummer)?|betrag|preis|karte(?:nnummer)?|commande|facture|compte|dossier|colis"
-    r"|contrat|carte|montant|pedido|factura|cuenta|contrato|tarjeta|importe|ordine|fattura|conto|contratto|carta"
-    r"|importo|encomenda|fatura|conta|bestelling|factuur|rekening|klantnummer|zamówieni\w*|faktur\w*)"
-    + _NUMBER
-    + r"(?![ _-](?:services?|support|care|manager|line|desk|department|team|centre|center|holder))"
-)
 _WORDS = re.compile(
-    rf"(?<![^\W_])(?:(?P<other>{_OTHERS})|(?P<phone>{_PHONES})|(?P<number>{_NUMBERS})|(?P<call>{_CALLS}))(?![^\W_])"
+    rf"(?<![^\W_])(?:(?P<other>{NO_PHONES})|(?P<phone>{PHONES})|(?P<number>{_NUMBERS})|(?P<call>{_CALLS}))(?![^\W_])"
     r"|(?P<sign>電話|电话|手机|手機|携帯|ファックス|联系方式|전화|휴대폰|연락처|फ़ोन|मोबाइल|هاتف|جوال|☎|📞|📱)",
     re.IGNORECASE | re.VERBOSE,
 )
 _FOLLOWS = re.compile(
-    rf"[ ,]{{0,2}}\(?(?:(?:is|it's|was|ist|est|es|è|é)[ ])?(?:\w{{1,20}}[ ]){{0,2}}{_PHONES}(?![^\W_])",
+    rf"[ ,]{{0,2}}\(?(?:(?:is|it's|was|ist|est|es|è|é)[ ])?(?:\w{{1,20}}[ ]){{0,2}}{PHONES}(?![^\W_])",
     re.IGNORECASE | re.VERBOSE,
 )
 _COUNTED = re.compile(
@@ -96,10 +78,6 @@ _COUNTED = re.compile(
 )
 """What a number before it counts."""
 _NAMES = frozenset({"phone", "sign"})
-_BEFORE = 60
-"""Characters before a number in which a word counts."""
-_END = re.compile(r"[.!?]\s+(?=[^\W\d_a-zà-ÿ])|;\s|(?<!:)\n|<[A-Z_]+>")
-"""Ends of sentences and lines, after which a word counts no more; a placeholder of a redaction is no word either."""
 
 
 def find(text: str) -> Iterator[tuple[int, int]]:
@@ -136,8 +114,8 @@ def _is_grouped_as_in(region: str, number: str) -> bool:
 
 def _is_phone(text: str, begin: int, end: int) -> bool:
     """Whether the digits there are a phone number, by their form or by the words beside them."""
-    number, before = text[begin:end], text[max(0, begin - _BEFORE) : begin]
-    said = [match.lastgroup for match in _WORDS.finditer(_END.split(before)[-1])]
+    number = text[begin:end]
+    said = [match.lastgroup for match in _WORDS.finditer(number_names.before(text, begin))]
     is_named = bool(said) and (said[-1] in _NAMES or ("other" not in said and bool(_NAMES & {*said})))
     if said and said[-1] == "other" and not {*_NAMES, "number"} & {*said}:
         return False

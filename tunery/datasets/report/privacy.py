@@ -5,22 +5,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-from stdnum import iban, luhn
-from stdnum.us import ssn
 
-from tunery.datasets.report import passwords, phones
+from tunery.datasets.report import check_digits, passwords, phones
 
 if TYPE_CHECKING:
     from tunery.datasets.report.case import Case, Finding
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
-_CARD = re.compile(
-    r"(?<![\w.,-])(?<!\b[A-Za-z]{2}\d\d[ -])(?<!\b[A-Z]{2}\d\d[ -][A-Z]{4}[ -])(?<!(?<![\w/.-])\d{4}[ -])"
-    r"[3-6]\d{3}(?:(?![ -]\d\d ?/ ?\d\d)[ -]?\d){9,15}(?![\w-]|[.,]\d)(?!(?:[ -]\d{4}){2}(?!\d))"
-)
-"""Not inside a longer run of groups, such as an account number; `12/27` after it is not a part of it."""
-_IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z\d]){11,30}\b")
-_SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
 _NUMBER = re.compile(r"[+\d][\d\s()./\u2010-\u2013-]{5,}\d")
 """What every phone, card, account and social security number has, so that few texts are searched for each of them."""
 _TYPESET = {ord(sign): " " for sign in "\u00a0\u2007\u2009\u202f"} | {
@@ -103,11 +94,9 @@ def places_in(text: str) -> Iterator[Place]:
 
 def _numbers_in(text: str) -> Iterator[Place]:
     text = text.translate(_TYPESET)
-    yield from (Place(*match.span(), CARD) for match in _CARD.finditer(text) if _is_card(match[0]))
-    for match in _IBAN.finditer(text):
-        if size := _account_size(match[0]):
-            yield Place(match.start(), match.start() + size, ACCOUNT)
-    yield from (Place(*match.span(), SSN) for match in _SSN.finditer(text) if ssn.is_valid(match[0]))
+    yield from (Place(begin, end, CARD) for begin, end in check_digits.find_cards(text))
+    yield from (Place(begin, end, ACCOUNT) for begin, end in check_digits.find_accounts(text))
+    yield from (Place(begin, end, SSN) for begin, end in check_digits.find_persons(text))
     yield from (Place(begin, end, PHONE) for begin, end in phones.find(text))
 
 
@@ -129,23 +118,6 @@ def _around_keys(line: str) -> Iterator[tuple[int, int]]:
         return
     for match in _KEY.finditer(line):
         yield max(0, match.start() - _AROUND), match.end() + _AROUND
-
-
-def _is_card(text: str) -> bool:
-    digits = re.sub(r"\D", "", text)
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn.is_valid(digits)
-
-
-def _account_size(text: str) -> int:
-    """Returns the length of the account number at a text's beginning, or 0. The text may include capitalised words
-    after the number."""
-    ends = [match.start() for match in re.finditer(r"[ -]|$", text)]
-    return next((end for end in reversed(ends) if _is_account(text[:end])), 0)
-
-
-def _is_account(text: str) -> bool:
-    # Whether there is such a bank does not matter: it is unknown for most countries, and made-up numbers count too.
-    return iban.is_valid(re.sub(r"[ -]", "", text), check_country=False)
 
 
 _CLASSES: dict[str, Any] = get_mapping_from_secret_type_to_class()
