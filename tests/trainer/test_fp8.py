@@ -265,3 +265,14 @@ def test_frozen_product_beside_dropout_is_narrow_too() -> None:
     assert error(out.detach(), fp8.plain(rows, narrow.rows())) < 1e-5
     ones = fp8.plain_quantise_rows(torch.ones_like(out))
     assert error(x.grad, fp8.plain(ones, narrow.columns())) < 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("capability", "supported"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_only_cards_that_multiply_e4m3_use_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], supported: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+
+    assert fp8.available(torch.device("cuda")) is supported

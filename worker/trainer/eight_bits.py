@@ -78,7 +78,7 @@ def install(
     """
     if not precision.fp8:
         return None
-    made, why = _narrow(objective, examples, ranks.device)
+    made, why = _narrow(objective, examples, ranks)
     if made is None:
         warnings.append(f"precision fp8 was not used: {why}.")
         return None
@@ -90,17 +90,18 @@ def install(
     return made
 
 
-def _narrow(objective: Objective, examples: Sequence[Example], device: torch.device) -> tuple[EightBits | None, str]:
-    """Returns the run's narrow products, or the reason against them."""
-    if not fp8.available(device):
-        return None, "this device has no fp8 matrix products"
+def _narrow(objective: Objective, examples: Sequence[Example], ranks: Ranks) -> tuple[EightBits | None, str]:
+    """Returns the run's narrow products, or the reason against them, the same on every rank."""
+    if ranks.any(not fp8.available(ranks.device)):
+        one = ranks.count == 1
+        return None, f"{'this device has' if one else 'one or more of the devices have'} no fp8 matrix products"
     if objective.method.reads_reference:
         return None, (
             "preferences are learned from small differences from the initial model, which eight bits would round away"
         )
     if objective.is_sharded:
         return None, "the base is sharded over the GPUs, and only a whole base can be packed"
-    made = EightBits(objective, _shadow(examples, device))
+    made = EightBits(objective, _shadow(examples, ranks.device))
     if not made.names:
         return None, f"no adapted layer has both sides of at least {fp8.LEAST_SIDE} and a plain LoRA update"
     return made, ""
