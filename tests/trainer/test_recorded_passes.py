@@ -1,8 +1,10 @@
 """Tests which passes are recorded, on a CPU: a recording computes its pass again, from the tensors it was made of."""
 
+import json
 import random
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ from run_folders import chat, lay_out, plan
 from torch import Tensor
 
 from tunery.spec import Lora
-from worker.trainer import cuda_graphs
+from worker.trainer import cuda_graphs, run
 from worker.trainer.cuda_graphs import SCALE, CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Row, collate, singles
 from worker.trainer.objective import Objective
+from worker.trainer.recorded_update import RecordedUpdate
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.stop_signal import StopSignal
+from worker.trainer.training import Training
 
 CPU = torch.device("cpu")
 
@@ -28,7 +32,7 @@ class Again:
 
     def __init__(self, refused: Collection[int] = ()) -> None:
         """`refused`: which of the recordings fail, counted from 1."""
-        self.tried, self._refused = 0, refused
+        self.tried, self.forgotten, self._refused = 0, 0, refused
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         self.tried += 1
@@ -42,7 +46,7 @@ class Again:
         return sums, replay
 
     def forget(self) -> None:
-        pass
+        self.forgotten += 1
 
 
 @pytest.fixture
@@ -149,3 +153,36 @@ def test_recording_ahead_changes_nothing(
 def _short_of_memory(objective: Objective, batch: Batch, scale: float) -> Tensor:
     forward_backward(objective, batch, scale)
     raise torch.OutOfMemoryError
+
+
+def test_training_leaves_no_recordings_and_no_gradients_to_what_follows(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4)), [chat(i) for i in range(4)])
+    recorder, found = Again(), []
+
+    def prepared(*args: Any) -> Training:
+        t = prepare(*args)
+        t.stepper.graphs = CudaGraphs(t.objective, recorder)
+        t.stepper._recorded = RecordedUpdate(t.optimizer, recorder)
+        return t
+
+    def score(t: Training, *_: Any) -> None:
+        assert t.stepper.graphs is not None
+        found.append((recorder.tried > 0, recorder.forgotten, t.stepper.graphs.count))
+        assert all(p.grad is None for p in t.parameters.values())
+
+    monkeypatch.setattr(run, "prepare", prepared)
+    monkeypatch.setattr(run.comparison, "score", score)
+
+    assert run.carry_out(folder, MessageWriter(None), StopSignal())
+    assert found == [(True, 2, 0)]
+    said = json.loads((folder / "out/training_config.json").read_text())["paths"]
+    assert said["graphs"] == {"path": "recorded"}, "the record says how it was trained"
+
+
+def test_steps_after_a_rest_are_recorded_again(objective: Objective) -> None:
+    graphs, batch = CudaGraphs(objective, recorder := Again()), rows_of(60, 20)
+    assert tried(objective, recorder, [batch, batch], graphs) == [0, 1]
+    graphs.forget()
+    assert tried(objective, recorder, [batch], graphs) == [2]

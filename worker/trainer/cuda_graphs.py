@@ -92,6 +92,11 @@ class CudaGraphs:
                 self._seen.add(key)
             self._record(key, examples[key])
 
+    def forget(self) -> None:
+        """Frees the memory of all recordings; passes that come later are recorded again."""
+        self._recorded.clear()
+        self._recorder.forget()
+
     @property
     def count(self) -> int:
         """How many passes have been recorded."""

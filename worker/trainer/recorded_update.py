@@ -54,6 +54,11 @@ class RecordedUpdate:
         else:
             self._replay()
 
+    def forget(self) -> None:
+        """Frees the memory of the recording; the next step but one is recorded again."""
+        self._gradients, self._replay = [], None
+        self._recorder.forget()
+
     def _record(self) -> None:
         try:
             _, self._replay = self._recorder.record(self._step)

@@ -73,6 +73,7 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
             t.timer.end_preparation(time.monotonic() - began)
             done = train(t, progress)
         if done:
+            t.stepper.rest()
             scored = comparison.score(
                 t, asked, base_answers, lambda: comparison.compare_general(t, probe, base_general)
             )

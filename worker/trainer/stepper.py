@@ -222,6 +222,16 @@ class Stepper:
             log.warning("the memory plan from here on: %s", plan)
         self.memory = plan
 
+    def rest(self) -> None:
+        """Frees the memory that only steps need: gradients and recordings. Later steps record again."""
+        self._ready = None
+        self._optimizer.zero_grad(set_to_none=True)
+        for recorded in (self.graphs, self._recorded):
+            if recorded is not None:
+                recorded.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def record_again(self) -> None:
         """Drops the recorded passes, which run the model as it was when they were recorded."""
         if self.graphs is not None:
