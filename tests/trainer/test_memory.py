@@ -15,7 +15,7 @@ from tunery.planning import activations, expected
 from tunery.planning import memory as planning
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import layout, preflight, reading, validation
+from worker.trainer import hardware, layout, preflight, reading, validation
 from worker.trainer.data import Example, Row
 from worker.trainer.kernels import decoder
 from worker.trainer.loop import _take_step, train
@@ -363,3 +363,14 @@ def test_plan_of_a_packed_run_packs_no_more_than_fits(tmp_path: Path, tiny: Path
     t = training(tmp_path / "run", tiny, packing=True, max_seq_length=64)
 
     assert t.stepper.memory == MemoryPlan(expected.CPU_MICRO_BATCH, packed_tokens=64)
+
+
+def test_what_recordings_have_reserved_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def segment(total: int, used: int, pool: tuple[int, int] = (0, 0), device: int = 1) -> dict[str, Any]:
+        return {"device": device, "total_size": total, "allocated_size": used, "segment_pool_id": pool}
+
+    segments = [segment(100, 30), segment(20, 0), segment(1000, 10, pool=(0, 3)), segment(5000, 0, device=0)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7, 100))
+
+    assert hardware.free_bytes(torch.device("cuda", 1)) == 7 + 70 + 20

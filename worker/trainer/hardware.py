@@ -1,4 +1,6 @@
-"""Describes a run's hardware for `training_config.json`: equal bits can be expected on equal hardware only."""
+"""What a run has: its hardware for `training_config.json`, as equal bits can be expected on equal hardware only, and a
+GPU's free memory.
+"""
 
 import platform
 import re
@@ -46,3 +48,13 @@ def _found(pattern: str, path: Path) -> str | None:
     except OSError:
         return None
     return found[1] if found else None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the bytes of a GPU that new tensors can take: what the driver has, and what torch has reserved and not
+    used. Not what recorded passes have reserved, which only they use.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = [each for each in torch.cuda.memory_snapshot() if each["device"] == index]
+    unused = sum(each["total_size"] - each["allocated_size"] for each in segments if each["segment_pool_id"] == (0, 0))
+    return int(torch.cuda.mem_get_info(device)[0] + unused)

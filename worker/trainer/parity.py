@@ -22,6 +22,7 @@ from tunery.planning.peak import CHECKED_BYTES, MOST_CHECKED, MOST_PROMPT
 from tunery.spec import Full
 from worker.trainer import dtypes, precision
 from worker.trainer.data import Rows
+from worker.trainer.hardware import free_bytes
 from worker.trainer.objective import all_and_trainable
 from worker.trainer.recipes import saved
 from worker.trainer.recipes.qlora import keep_one_packing, quantisation
@@ -81,10 +82,7 @@ def write(t: Training, record: Record, artifact: Path) -> None:
 def _has_room(model: torch.nn.Module, device: torch.device) -> bool:
     """Whether the model is small, and there is room for an fp32 copy."""
     params, _ = all_and_trainable(model)
-    room = psutil.virtual_memory().available
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = torch.cuda.mem_get_info(device)[0] + reserved
+    room = free_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
     return params <= MOST_CHECKED and room >= CHECKED_BYTES * params
 
 

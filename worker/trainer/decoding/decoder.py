@@ -16,6 +16,7 @@ from worker.trainer.decoding import passes
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.graphs import DecodeGraphs, Recorder, recorder_for
 from worker.trainer.decoding.passes import Passes
+from worker.trainer.hardware import free_bytes
 from worker.trainer.kernels import adapters
 
 MOST_ROWS = {"cpu": 16, "cuda": 512}
@@ -147,9 +148,7 @@ class Decoder:
         """Returns the bytes that keys and values may take: without those that passes need besides."""
         if self._kind == "cpu":
             return 4 * 2**30
-        device = self._causal.device
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused + self._cache.nbytes  # which the next batch's replaces
+        free = free_bytes(self._causal.device) + self._cache.nbytes  # which the next batch's replaces
         return int(0.75 * free) - 2 * 2**30
 
     def _read(self, prompts: list[list[int]]) -> Tensor:
