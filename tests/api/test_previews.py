@@ -74,6 +74,39 @@ def test_advice_and_a_dry_run_count_the_tokens_that_the_base_makes(
     assert any("the answers have about 24 tokens" in text for text in tried["warnings"]), tried["warnings"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "key"),
+    [
+        ({"prompt": "prompt", "completion": "completion"}, '"score": 0.9'),
+        ({"prompt": "prompt", "completion": "completion"}, '"label": 1'),
+        ({"prompt": "prompt", "completion": "completion"}, '"Prompt": "x"'),
+        ({"prompt": "prompt", "completion": "completion"}, '"rejected": "x"'),
+        ({"prompt": "Frage", "completion": "Antwort"}, '"label": false'),
+    ],
+)
+def test_a_file_whose_first_row_has_a_key_to_leave_out_is_taken_and_read_by_named_columns(
+    columns: dict[str, str], key: str, team: Team, base: str, database: Database, tmp_path: Path
+) -> None:
+    """As its report says: it used to be refused at the upload, before a job could name its columns."""
+    names = tuple(columns.values())
+    rows = "".join(f'{{"{names[0]}": "What is after {n}?", "{names[1]}": "{n + 1}", {key}}}\n' for n in range(10, 22))
+    file = _upload(team, rows)
+    finish(database, tmp_path, rows.encode())
+    shown = team.http.get(f"/v1/files/{file}").json()
+    assert (shown["report"]["trainable"], shown["status"]) == (False, "processed")
+    with database.sessions() as session:
+        [report] = session.scalars(select(FileReport)).all()
+        assert report.summary is not None
+        assert "in the job's 'columns'." in report.summary["reason"]
+
+    job = {"model": base, "training_file": file, "columns": columns, "technique": {"type": "lora", "r": 64}}
+    team.http.get(f"/v1/files/{file}/report", params={"columns": ",".join(map("=".join, columns.items()))})
+    finish(database, tmp_path, rows.encode(), rows=12, left_out={}, answer_bytes=24)
+    tried = team.http.post("/v1/fine_tuning/jobs", json={**job, "dry_run": True}).json()
+    assert (tried["validation"]["examples"], tried["validation"]["trainable"]) == (12, True)
+    assert team.http.post("/v1/fine_tuning/jobs", json=job).status_code == 200
+
+
 def test_advice_and_a_dry_run_read_a_table_by_named_columns(
     team: Team, base: str, database: Database, tmp_path: Path
 ) -> None:

@@ -131,6 +131,22 @@ def test_rows_that_spell_special_tokens_are_named() -> None:
     )
 
 
+def test_rows_with_markers_of_a_template_are_named_once() -> None:
+    """Their markers are special tokens of the model too, but the first warning says what to do about the rows."""
+    rows = [row("<|im_start|>user\nq<|im_end|>"), row("say <|im_end|> now"), row(answer="yes <|im_end|>")]
+
+    rendered, spelled = check_examples(rows, least=1, template=template()).warnings(2048)
+
+    assert "2 of 3 examples have a message that begins or ends with a marker" in rendered
+    assert "(<|im_end|>, <|im_start|>): lines 1, 3" in rendered
+    assert spelled == (
+        "1 of 3 examples contain special tokens of the model as text (<|im_end|>): line 2. They are tokenised as plain "
+        "text."
+    )
+    [warning] = check_examples(rows[:1], least=1, template=template()).warnings(2048)
+    assert "a marker of a chat template" in warning
+
+
 def test_rows_that_lose_a_part_of_their_answer_are_left_out() -> None:
     made = template()
     length = check_examples([row()] * 10, template=made).longest

@@ -7,9 +7,11 @@ import pytest
 
 from tunery.datasets.rules import check_examples
 from tunery.failures import InvalidTrainingFile
+from tunery.rows import keys
 from tunery.rows.encoding import parse_any, read_examples, read_rows
 from tunery.rows.messages import Example
 from tunery.rows.preferences import Pair
+from tunery.rows.shapes import can_be_named
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 PAIR = {"Prompt": "q", "Completion": "a"}
@@ -36,6 +38,7 @@ def refusal(data: bytes) -> str:
     return refused.value.message
 
 
+ASKED = {"question": "What is red?", "answer": "B"}
 JUDGES = "marks the answer as good or bad (KTO)"
 
 
@@ -72,12 +75,53 @@ def test_key_that_changes_the_meaning_is_known_in_any_case(row: dict[str, Any], 
     assert reason in refusal(jsonl(row))
 
 
+@pytest.mark.parametrize("value", [True, False, "true", " False", "undesirable", "thumbs_up", "👎"])
+def test_a_label_that_judges_the_answer_is_refused(value: object) -> None:
+    reason = refusal(jsonl({**PAIR, "label": value}))
+    assert f"has the key 'label', which {JUDGES}" in reason
+    assert not can_be_named(reason)
+
+
+@pytest.mark.parametrize("value", [0, 1, -1, 1.0, 0.7, "1", "No", "y", "positive", "Wrong"])
+def test_a_label_that_may_judge_the_answer_is_refused_with_both_ways_out(value: object) -> None:
+    reason = refusal(jsonl({**PAIR, "label": value}))
+    assert "has the key 'label', which may mark the answer as good or bad (KTO)" in reason
+    assert reason.endswith("If it is a class, name the columns to read in the job's 'columns'.")
+    assert can_be_named(reason)
+
+
+@pytest.mark.parametrize("value", ["math", "maths 1", 7, 3.0, ["a", "b"], {"topic": "math"}])
+def test_a_label_that_cannot_judge_an_answer_is_its_class(value: object) -> None:
+    for row in ({**PAIR, "label": value}, {**CHAT, "Label": value}):
+        assert turns(row) == TURNS
+        assert [keys.name(key) for key in read(row).unknown_keys] == ["label"]
+    assert JUDGES in refusal(jsonl({**PAIR, "kto_tag": value}))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PAIR, "score": 1},
+        {**PAIR, "weight": 0},
+        {**PAIR, "images": ["x"]},
+        {**ASKED, "choices": ["Grass", "Blood"]},
+        {"prompt": "q", "chosen": "a"},
+        {**PAIR, "prompt": "x"},
+        {"Frage": "q", "Antwort": "a", "label": False},
+        {"Frage": "q", "Antwort": "a", "rating": 3},
+    ],
+)
+def test_faults_of_keys_that_a_job_can_leave_out_say_so(row: dict[str, Any]) -> None:
+    reason = refusal(jsonl(row))
+    assert can_be_named(reason)
+    assert reason.count("'columns'") == 1
+
+
 def test_bad_answers_of_a_table_are_no_good_ones() -> None:
     rows = "".join(f"Question {number}?,A bad answer,FALSE\n" for number in range(12))
     assert f"has the key 'Label', which {JUDGES}" in refusal(f"Prompt,Completion,Label\n{rows}".encode())
 
 
-ASKED = {"question": "What is red?", "answer": "B"}
 UNSEEN = "would be ignored, but the answer is the letter or number of a choice"
 
 

@@ -135,11 +135,12 @@ class Summary:
                 "learned too, and the model will be asked by its chat template, not in this form. Send them as "
                 "'messages'."
             )
-        if self.spelled:
-            tokens = sorted({token for spelled in self.spelled.values() for token in spelled})
+        # Rows with a template's markers around a message have been named, with what to do about them.
+        if spelled := {line: tokens for line, tokens in self.spelled.items() if line not in self.rendered}:
+            tokens = sorted({token for row in spelled.values() for token in row})
             found.append(
-                f"{len(self.spelled)} of {self.examples} examples contain special tokens of the model as text "
-                f"({', '.join(tokens[:_SHOWN])}): {_lines(list(self.spelled))}. They are tokenised as plain text."
+                f"{len(spelled)} of {self.examples} examples contain special tokens of the model as text "
+                f"({', '.join(tokens[:_SHOWN])}): {_lines(list(spelled))}. They are tokenised as plain text."
             )
         return found
 

@@ -9,9 +9,16 @@ from typing import Any
 OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
 """Keys that the official client's `message.model_dump()` adds to those of a request; they can be ignored."""
 
+BY_HAND = "in the job's 'columns'."
+"""The end of the advice in each fault that naming the columns to read puts right."""
+_OR_NAME = f"Or name the columns to read, and no others, {BY_HAND}"
 _JUDGED = (
     "marks the answer as good or bad (KTO), which no method supports: a bad answer would be learned as a good one. "
     "Remove the rows with bad answers and the key, or use pairs of answers and the method 'dpo'."
+)
+_MAY_JUDGE = (
+    "may mark the answer as good or bad (KTO), which no method supports: a bad answer would be learned as a good one. "
+    f"Remove the rows with bad answers and the key. If it is a class, name the columns to read {BY_HAND}"
 )
 _DISAPPROVED = (
     "marks the answer as bad, which no method supports: it would be learned as a good one. Remove the rows with bad "
@@ -68,8 +75,15 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     _EARLIER: ("history",),
     _OFFERED: ("choices", "options", "answer_choices", "answer_options", "alternatives", "endings", "candidates"),
 }
-_BAD = frozenset({"false", "no", "bad", "wrong", "incorrect", "negative", "thumbs_down", "thumbs down", "down", "👎"})
+_BAD = frozenset(
+    {"false", "no", "n", "bad", "wrong", "incorrect", "negative", "thumbs_down", "thumbs down", "down", "👎"}
+)
 _BAD_NUMBERS = ("0", "-1", "0.0", "-1.0")
+_GOOD = frozenset({"yes", "y", "good", "right", "correct", "positive", "up", "1", "1.0"})
+_JUDGEMENTS = frozenset(
+    {"true", "false", "desirable", "undesirable", "thumbs_up", "thumbs_down", "thumbs up", "thumbs down", "👍", "👎"}
+)
+"""Values of a `label` that judge an answer; those in _BAD and _GOOD may be classes, any other is one."""
 _CHOICE = re.compile(r"\s*\(?([A-Ja-j]|\d{1,2})\)?[.:]?\s*")
 _CHOICE_COLUMN = re.compile(r"(?:option|choice|answer|op)_?(?:[a-j]|\d)|[a-j]")
 """The name of a column with a single choice."""
@@ -134,13 +148,16 @@ def find_meaning(row: Mapping[str, Any], *, of_a_pair: bool = False) -> str | No
     """
     for key, value in row.items():
         meaning = _meaning_of(key) if len(key) <= _LONGEST_NAME else None
+        if meaning == _JUDGED and name(key) == "label":
+            meaning = _judgement(value)
         if meaning is None or (of_a_pair and meaning == _COMPARED) or _is_empty(value):
             continue
         if (meaning == _SYSTEM and _is_repeated(row, value)) or (meaning == _DISAPPROVED and not _is_bad(key, value)):
             continue
         if meaning == _OFFERED and not _lacks_choices(row, key, value):
             continue
-        return f"has the key '{key}', which {meaning}"
+        can_be_named = not of_a_pair and meaning not in (_JUDGED, _MAY_JUDGE, _DISAPPROVED)
+        return f"has the key '{key}', which {meaning}" + (f" {_OR_NAME}" if can_be_named else "")
     return None
 
 
@@ -152,9 +169,22 @@ def _meaning_of(key: str) -> str | None:
     return _OFFERED if _CHOICE_COLUMN.fullmatch(known) else _MEANING.get(known)
 
 
+def _judgement(value: Any) -> str | None:
+    """Returns the meaning of the `label` beside an answer; None if it is the answer's class."""
+    said = _said(value)
+    if said in _JUDGEMENTS:
+        return _JUDGED
+    is_rating = isinstance(value, float) and not value.is_integer()
+    return _MAY_JUDGE if is_rating or said in {*_BAD, *_BAD_NUMBERS, *_GOOD} else None
+
+
+def _said(value: Any) -> str:
+    return str(value).strip().casefold() if isinstance(value, str | int | float) else ""
+
+
 def _is_bad(key: str, value: Any) -> bool:
     """Whether the value disapproves of an answer. The number of a class may be 0."""
-    said = str(value).strip().casefold() if isinstance(value, str | int | float) else ""
+    said = _said(value)
     return said in _BAD or (said in _BAD_NUMBERS and name(key) != "labels")
 
 
@@ -209,4 +239,7 @@ NO_PREFERENCE = (
     "Unexpected file format: this is not a preference row, but the method 'dpo' learns from pairs of answers. Use the "
     f"method 'supervised' (method.type) for rows with one answer. {_NEEDED}"
 )
-HALF_A_PAIR = f"Unexpected file format: this is a preference row (DPO) without one of its two answers. {_NEEDED}"
+HALF_A_PAIR = (
+    f"Unexpected file format: this is a preference row (DPO) without one of its two answers. {_NEEDED} To learn from "
+    f"the one answer, name it as the completion {BY_HAND}"
+)

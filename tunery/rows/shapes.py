@@ -33,7 +33,6 @@ _START = "Unexpected file format"
 _CLASSES = ("intent", "category", "class", "class_name", "labels", "sentiment", "emotion", "topic")
 """Names of a column that may hold the class of a text, or only describe it."""
 _BESIDE_TEXT = frozenset({*_ANSWERS, *_LABELS, *_CLASSES})
-_BY_HAND = "in the job's 'columns'."
 _OF_CHATS = frozenset({"messages", "tools", "functions", "parallel_tool_calls"})
 """Keys that are read by this spelling."""
 _TEXTS = frozenset({"user", "assistant", "text", "preferred", "dispreferred"})
@@ -183,8 +182,8 @@ def _refuse_twins(row: Mapping[str, Any]) -> None:
         known = keys.name(key)
         if known in first and (known in _PARTS or keys.has_meaning(known) or keys.compares(known)):
             raise ValueError(
-                f"{_START}: '{first[known]}' and '{key}' are two spellings of the same key. Keep one of them, or "
-                "rename the other."
+                f"{_START}: '{first[known]}' and '{key}' are two spellings of the same key. Keep one of them, "
+                f"rename the other, or name the columns to use {keys.BY_HAND}"
             )
         first[known] = key
 
@@ -225,7 +224,7 @@ def _find_label_column(row: Mapping[str, Any], names: Mapping[str, str]) -> list
 def _refuse_ambiguous(columns: list[str], part: str) -> None:
     if len(columns) > 1:
         named = ", ".join(f"'{column[:40]}'" for column in columns)
-        advice = f"Keep one and remove the others, or name the columns to use {_BY_HAND}"
+        advice = f"Keep one and remove the others, or name the columns to use {keys.BY_HAND}"
         raise ValueError(f"{_START}: each of {named} may be the {part}. {advice}")
 
 
@@ -233,7 +232,7 @@ def _refuse_class(names: Mapping[str, str]) -> None:
     if (key := next(filter(names.__contains__, _CLASSES), None)) is not None:
         raise ValueError(
             f"{_START}: '{names[key][:40]}' may be the class of 'text', or only describe it. Name 'text' as the prompt "
-            f"and '{names[key][:40]}' as the completion, or 'text' alone as the text, {_BY_HAND}"
+            f"and '{names[key][:40]}' as the completion, or 'text' alone as the text, {keys.BY_HAND}"
         )
 
 
@@ -242,7 +241,10 @@ def _no_shape(row: Mapping[str, Any]) -> str:
     # A class that is no boolean judges no answer.
     judged = {key: value for key, value in row.items() if keys.name(key) not in _LABELS or isinstance(value, bool)}
     if meaning := keys.find_meaning(judged):
-        return f"{expected}, and the row {meaning}"
+        advice = (
+            "" if can_be_named(meaning) or not _may_be_named(row) else f" Or name the columns to read {keys.BY_HAND}"
+        )
+        return f"{expected}, and the row {meaning}{advice}"
     if "role" in row and ("content" in row or "text" in row):
         return f'{_START}: the row is a single message. Write each conversation as one row, {{"messages": [...]}}.'
     if key := next((key for key, value in row.items() if _are_rows(value)), None):
@@ -252,7 +254,7 @@ def _no_shape(row: Mapping[str, Any]) -> str:
         return f"{_START}: every value of the row ({shown}) is a list. {WRITE_ROWS}"
     return (
         f"{expected}. The row has {shown or 'no keys'}; pairs such as prompt/completion, question/answer and "
-        "instruction/input/output are read too." + (f" Name other columns {_BY_HAND}" if _may_be_named(row) else "")
+        "instruction/input/output are read too." + (f" Name other columns {keys.BY_HAND}" if _may_be_named(row) else "")
     )
 
 
@@ -278,7 +280,7 @@ def _fill(row: Mapping[str, Any], empty: Mapping[str, str]) -> Shape | None:
 def _lacks_value(shape: Shape, missing: str, columns: Mapping[str, str]) -> str:
     return (
         f"{_START}: the row is like those of {shape.name}, but has no value in '{columns.get(missing, missing)}'. Add "
-        f"it, remove the row, or name other columns {_BY_HAND}"
+        f"it, remove the row, or name other columns {keys.BY_HAND}"
     )
 
 
@@ -288,5 +290,5 @@ def _may_be_named(row: Mapping[str, Any]) -> bool:
 
 
 def can_be_named(reason: str) -> bool:
-    """Whether a row was refused only for its columns' names, which a job can map."""
-    return _BY_HAND in reason
+    """Whether a row was refused only for its keys, of which a job can name those to read."""
+    return keys.BY_HAND in reason
