@@ -46,6 +46,7 @@ SAME = [
     (TOKYO, f"{TOKYO}\u304f\u3060\u3055\u3044"),
     ("List the courses that an expert in a field takes.\n\nGraphic Design",
      "List the courses that an expert in a field takes. Graphic"),
+    ("Where do I see the payments of last month?", "Where do I see the payment history of last month?"),
 ]  # fmt: skip
 CONTEXT = (
     "The tower of Arlen was raised in 1312 by the guild of masons after the great flood. It is ninety-eight metres "

@@ -7,6 +7,8 @@ less; another question has other words of content in their place.
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -54,6 +56,8 @@ _REST = 0.5
 """Least Jaccard similarity of the shingles of what questions with a common sentence have besides."""
 _MOST = 30
 """Maximum words of each question that are compared as spellings."""
+_REMEMBERED = 128
+"""Questions whose words are kept: in a file made from one template, each is compared with ten others."""
 
 
 def sentences(text: str) -> list[str]:
@@ -77,24 +81,43 @@ def instructions(questions: Iterable[Sequence[str]]) -> frozenset[str]:
 def ask_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether similar questions, given by their sentences, have hardly any words of content in place of others."""
     common = set(one) & set(other)
-    rests = _without(one, common), _without(other, common)
-    here, there = (rest.split() for rest in rests)
-    if {*here} <= {*there} or {*there} <= {*here}:
-        return not _are_exchanged(here, there)
-    if any(len(part.split()) >= _LEAST_WORDS for part in common) and _overlap(*rests) < _REST:
+    here, there = _rest(one, common), _rest(other, common)
+    if here.words <= there.words or there.words <= here.words:
+        return not _are_exchanged(here.order, there.order)
+    if any(len(part.split()) >= _LEAST_WORDS for part in common) and _overlap(here.order, there.order) < _REST:
         return False
-    replaced = _replaced(here, there, _is_spelling)
-    return replaced <= _FEW * max(len(_content(here)), len(_content(there)))
+    return not _replaces_more(here, there, _is_spelling, _FEW * max(len(here.content), len(there.content)))
 
 
 def are_worded_alike(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether similar questions, given by their sentences, differ in nothing that may be the reason for another answer:
     a word in place of another that is no typing error, one that turns the meaning, or the order of words."""
     common = set(one) & set(other)
-    here, there = (_without(question, common).split() for question in (one, other))
-    if _TURNING & ({*here} ^ {*there}) or _replaced(here, there, _is_typo):
+    here, there = _rest(one, common), _rest(other, common)
+    if _TURNING & (here.words ^ there.words) or _replaces_more(here, there, _is_typo, 0):
         return False
-    return not _are_reordered([word for word in here if word in there], [word for word in there if word in here])
+    shared = here.words & there.words
+    return not _are_reordered(*([word for word in part.order if word in shared] for part in (here, there)))
+
+
+class _Words(NamedTuple):
+    """Words in their order, the different ones, and those of content."""
+
+    order: Sequence[str]
+    words: frozenset[str]
+    content: frozenset[str]
+
+
+def _rest(question: Iterable[str], common: Collection[str]) -> _Words:
+    """Returns the words of the sentences that are not common."""
+    return _words_of(tuple(part for part in question if part not in common) if common else tuple(question))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _words_of(sentences: tuple[str, ...]) -> _Words:
+    order = " ".join(sentences).split()
+    words = frozenset(order)
+    return _Words(order, words, frozenset(word for word in words if len(word) >= _LEAST_LETTERS) - _FUNCTION)
 
 
 def _are_reordered(words: Sequence[str], others: Sequence[str]) -> bool:
@@ -112,33 +135,33 @@ def _are_exchanged(words: Sequence[str], others: Sequence[str]) -> bool:
     return any([*one[-right:], *one[left:-right], *one[:left]] == [*two] for left, right in sizes)
 
 
-def _without(question: Iterable[str], common: Collection[str]) -> str:
-    return " ".join(part for part in question if part not in common)
-
-
 _Compare = Callable[[str, str], bool]
 
 
-def _replaced(here: Sequence[str], there: Sequence[str], is_same: _Compare) -> int:
-    """Returns how many words of content stand in place of others."""
-    one, other = _content(here, set(there)), _content(there, set(here))
-    return min(_unlike(one, other, is_same), _unlike(other, one, is_same)) if one and other else 0
+def _replaces_more(here: _Words, there: _Words, is_same: _Compare, most: float) -> bool:
+    """Whether more than `most` words of content stand in place of others, on both sides."""
+    one, other = sorted(here.content - there.words), sorted(there.content - here.words)
+    return bool(one and other) and _has_more(one, other, is_same, most) and _has_more(other, one, is_same, most)
 
 
-def _overlap(one: str, other: str) -> float:
-    here, there = ({text[at : at + shingles.SHINGLE] for at in range(len(text))} for text in (one, other))
+def _has_more(words: Sequence[str], others: Sequence[str], is_same: _Compare, most: float) -> bool:
+    """Whether more than `most` words are the same as none of the others."""
+    unlike, others = 0, others[:_MOST]
+    for word in words[:_MOST]:
+        for other in others:
+            if is_same(word, other):
+                break
+        else:
+            unlike += 1
+            if unlike > most:
+                return True
+    return False
+
+
+def _overlap(one: Sequence[str], other: Sequence[str]) -> float:
+    both = " ".join(one), " ".join(other)
+    here, there = ({text[at : at + shingles.SHINGLE] for at in range(len(text))} for text in both)
     return len(here & there) / len(here | there)
-
-
-def _content(words: Iterable[str], known: Collection[str] = ()) -> list[str]:
-    """Returns the different words of content that are not known."""
-    found = {word for word in words if len(word) >= _LEAST_LETTERS and word not in known}
-    return sorted(found - _FUNCTION)
-
-
-def _unlike(words: Sequence[str], others: Sequence[str], is_same: _Compare) -> int:
-    """Returns how many words are the same as none of the others."""
-    return sum(not any(is_same(word, other) for other in others[:_MOST]) for word in words[:_MOST])
 
 
 def _is_typo(word: str, other: str, least: int = _CONTENT) -> bool:
