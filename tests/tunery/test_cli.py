@@ -56,6 +56,45 @@ def _job(database: Database, state: State) -> str:
         return rows.job(session, projects.find_project(session, "default"), state).id
 
 
+# --- options ---
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("jobs", "list"),
+        ("jobs", "events", "job"),
+        ("jobs", "metrics", "job"),
+        ("jobs", "scorecard", "job", "--rows"),
+        ("files", "list"),
+        ("webhooks", "list"),
+        ("captures", "list", BASE),
+    ],
+)
+def test_a_limit_below_1_is_refused_with_the_allowed_range(tunery: Run, command: tuple[str, ...], limit: str) -> None:
+    status, out, err = tunery(*command, "--limit", limit)
+    assert (status, out) == (2, "")
+    assert any(range in err for range in ("greater than or equal to 1 ", "between 1 and "))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("files", "content", "file-1", "--output"),
+        ("files", "report", "train.jsonl", "--html"),
+        ("files", "preview", "train.jsonl", "--model", ".", "--html"),
+        ("files", "clean", "train.jsonl", "--recommended", "--output"),
+        ("advise", "train.jsonl", "--html"),
+    ],
+)
+def test_a_new_file_in_a_folder_that_does_not_exist_is_refused(tunery: Run, command: tuple[str, ...]) -> None:
+    status, out, err = tunery(*command, "no/new.txt")
+    assert (status, out) == (2, "")
+    assert "the folder no does not exist" in err
+    assert "is a folder" in tunery(*command, ".")[2]
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 

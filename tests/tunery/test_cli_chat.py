@@ -10,12 +10,13 @@ from asgi import serving
 from cloned_databases import Database
 from commands import Run
 from model_server import ModelServer
-from receiver import LOOPBACK, Receiver
+from receiver import LOOPBACK, Receiver, answer
 from rich.console import Console
 from teams import BASE
 
 from api.main import create_app
 from tunery.cli import comparing, output
+from tunery.webhooks.model import WebhookEndpoint
 
 # --- chat -----------------------------------------------------------------------------------------------------------
 
@@ -147,6 +148,26 @@ def test_an_endpoint_from_creation_to_deletion(
         status, _, err = tunery("webhooks", "show", endpoint)
         assert status == 1
         assert endpoint in err
+
+
+@pytest.mark.parametrize("code", [302, 410, 500])
+def test_a_test_event_that_the_receiver_does_not_accept_fails(
+    tunery: Run, receiver: Receiver, database: Database, key: str, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    receiver.behaviours["/hook"] = answer(code)
+    settings = database.settings.model_copy(update={"webhook_allow": LOOPBACK})
+    with serving(create_app(settings)) as url:
+        monkeypatch.setenv("TUNERY_API_URL", url)
+        monkeypatch.setenv("TUNERY_API_KEY", key)
+        endpoint = tunery("webhooks", "create", f"{receiver.url}/hook")[2].split()[0]
+        status, out, err = tunery("webhooks", "test", endpoint)
+        assert (status, out.startswith(f"✗ the receiver answered {code}"), err) == (1, True, "")
+        with database.sessions.begin() as session:
+            row = session.get_one(WebhookEndpoint, endpoint)
+            row.disabled_at, row.disabled_reason = row.created_at, "The receiver answered 410 Gone."
+        err = tunery("webhooks", "test", endpoint)[2]
+        assert "is disabled" in err
+        assert "410 Gone" in err
 
 
 def test_an_address_where_nothing_may_go(tunery: Run, api: str) -> None:

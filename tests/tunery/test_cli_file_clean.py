@@ -84,7 +84,8 @@ def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Pat
     (tmp_path / "o").write_text("what was there before")
     for arguments, said in (
         ((path, "-o", tmp_path / "o"), "--recommended"),
-        ((path, "--recommended", "-o", tmp_path / "no/o"), "No such file or directory"),
+        ((path, "--recommended", "-o", tmp_path / "no/o"), "the folder"),
+        ((path, "--recommended", "-o", tmp_path), "is a folder"),
         ((path, "--drop-line", 99, "-o", tmp_path / "o"), "no line 99"),
         ((path, "--recommended", "-o", tmp_path / "o", "--against", path), "the same content"),
         (("nowhere.jsonl", "--recommended"), "nowhere.jsonl"),

@@ -18,7 +18,7 @@ from tunery.baselines.table import Row
 from tunery.cli import output, report
 from tunery.cli.baseline import print_table
 from tunery.cli.client import ApiClient, Refused
-from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
+from tunery.cli.options import AsJson, ColumnNames, connect, new_file, parse_columns
 from tunery.datasets import token_rate
 from tunery.planning import advice_page, advisor, fitting, serving_quote
 from tunery.planning.advisor import Advice
@@ -60,7 +60,7 @@ def advise(
         typer.Option(help="A baseline of the model, whose results the advice includes; only for an uploaded file."),
     ] = None,
     columns: ColumnNames = None,
-    html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=new_file, help="Also write an HTML page to this file.")] = None,
     json: AsJson = False,
 ) -> None:
     """Recommend prompting, fine-tuning or retrieval for a file of rows, and settings for a fine-tune."""

@@ -14,7 +14,7 @@ from rich.text import Text
 from tunery import ids
 from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
-from tunery.cli.options import ColumnNames, connect, parse_columns
+from tunery.cli.options import ColumnNames, connect, new_file, parse_columns
 from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such_file
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
 
@@ -35,7 +35,12 @@ def clean(
     ],
     target: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The new file in JSON Lines; for an uploaded file, a local copy of it."),
+        typer.Option(
+            "--output",
+            "-o",
+            callback=new_file,
+            help="The new file in JSON Lines; for an uploaded file, a local copy of it.",
+        ),
     ] = None,
     recommended: Annotated[
         bool, typer.Option("--recommended", help="Apply the report's suggestion for each kind.")

@@ -10,7 +10,7 @@ import typer
 from tunery import ids
 from tunery.cli import clean, file_check, output, preview
 from tunery.cli.client import ApiClient
-from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
+from tunery.cli.options import AsJson, ColumnNames, Limit, connect, new_file, parse_columns
 from tunery.cli.report import fetch as fetch_report
 from tunery.cli.report import make as make_report
 from tunery.cli.report import no_such_file, print_report
@@ -74,7 +74,9 @@ def preview_file(
     max_tokens: Annotated[int, typer.Option(min=16, help="The job's max_seq_length.")] = 2048,
     loss_on: Annotated[str, typer.Option(help="assistant, last_assistant or all.")] = "assistant",
     columns: ColumnNames = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with coloured tokens to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=new_file, help="Also write a page with coloured tokens to this file.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Show which tokens of a file's first rows are trained, masked or cut, and check them.
@@ -113,7 +115,7 @@ def _preview(context: typer.Context, file: str, model: str, options: dict[str, A
 
 
 @app.command("list")
-def list_files(context: typer.Context, purpose: str | None = None, limit: int = 50, json: AsJson = False) -> None:
+def list_files(context: typer.Context, purpose: str | None = None, limit: Limit = 50, json: AsJson = False) -> None:
     """List the project's files, newest first."""
     found = connect(context).pages("/files", limit=limit, **({"purpose": purpose} if purpose else {}))
     if json:
@@ -147,7 +149,8 @@ def content(
     context: typer.Context,
     file: str,
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write to this file instead of the terminal.")
+        Path | None,
+        typer.Option("--output", "-o", callback=new_file, help="Write to this file instead of the terminal."),
     ] = None,
 ) -> None:
     """Print or save a file's content."""
@@ -176,7 +179,7 @@ def report(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a row; only for a local file.")] = 2048,
     columns: ColumnNames = None,
-    html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=new_file, help="Also write an HTML page to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report duplicates, contradictions, leaks, wrong labels and other faults of a file's rows."""

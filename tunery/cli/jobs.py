@@ -12,7 +12,7 @@ from tunery.cli.client import ApiClient, Refused
 from tunery.cli.dry_run import ask as dry_run_of
 from tunery.cli.dry_run import print_job as print_dry_run
 from tunery.cli.files import upload_file
-from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
+from tunery.cli.options import AsJson, ColumnNames, Limit, connect, parse_columns
 from tunery.cli.reruns import ROOT
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
@@ -91,7 +91,7 @@ def _check_model(api: ApiClient, body: request.Body) -> None:
 
 
 @app.command("list")
-def list_jobs(context: typer.Context, limit: int = 20, json: AsJson = False) -> None:
+def list_jobs(context: typer.Context, limit: Limit = 20, json: AsJson = False) -> None:
     """List the project's jobs, newest first."""
     found = connect(context).pages(ROOT, limit=limit)
     if json:
@@ -129,7 +129,12 @@ def get_job(context: typer.Context, job: str, json: AsJson = False) -> None:
 
 
 @app.command()
-def metrics(context: typer.Context, job: str, limit: int = 1000, json: AsJson = False) -> None:
+def metrics(
+    context: typer.Context,
+    job: str,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of steps.")] = 1000,
+    json: AsJson = False,
+) -> None:
     """Show the metrics of each step, oldest first."""
     found = connect(context).call("GET", f"{ROOT}/{job}/metrics", params={"limit": limit})["data"]
     if json:
@@ -169,7 +174,7 @@ def scorecard(
         bool | None,
         typer.Option("--right/--wrong", help="Only rows that the tuned model answers correctly, or incorrectly."),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Maximum number of rows.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 100,
     json: AsJson = False,
 ) -> None:
     """Compare base and tuned model on the test rows: the scores as JSON, or the rows."""
@@ -193,7 +198,7 @@ def watch(context: typer.Context, job: str) -> None:
 
 
 @app.command()
-def events(context: typer.Context, job: str, limit: int = 100, json: AsJson = False) -> None:
+def events(context: typer.Context, job: str, limit: Limit = 100, json: AsJson = False) -> None:
     """List a job's events, oldest first."""
     found = list(reversed(connect(context).pages(f"{ROOT}/{job}/events", limit=limit)))
     if json:

@@ -22,6 +22,7 @@ ColumnNames = Annotated[
     str | None,
     typer.Option(help="Columns with other names, such as prompt=Frage,completion=Antwort.", show_default="by name"),
 ]
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number of entries.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 
 
@@ -34,6 +35,18 @@ def connect(context: typer.Context) -> client.ApiClient:
 def stack_home(context: typer.Context) -> Path:
     """Returns the home of the stack that `tunery --home` names."""
     return Path(context.find_root().params.get("home") or client.HOME)
+
+
+def new_file(path: Path | None) -> Path | None:
+    """Returns the path of a file that a command will write. Raises BadParameter where that cannot be, before any work.
+
+    It is the callback of every option that names such a file.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {path.parent} does not exist. Create it, or name a file in another one.")
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder. Name a file in it.")
+    return path
 
 
 def parse_columns(text: str | None) -> Columns | None:

@@ -83,6 +83,10 @@ def done(message: str) -> None:
     console.print(Text.assemble(("✓ ", "green"), message))
 
 
+def failed(message: str) -> None:
+    console.print(Text.assemble(("✗ ", "red"), message))
+
+
 def warnings(texts: Iterable[str]) -> None:
     """Prints each warning once, on stderr: standard output holds what programs read."""
     for text in dict.fromkeys(texts):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tunery.cli import output
-from tunery.cli.options import AsJson, connect
+from tunery.cli.options import AsJson, Limit, connect
 
 app = typer.Typer(no_args_is_help=True, help="Endpoints that receive events, such as a job's end.")
 ROOT = "/webhook_endpoints"
@@ -32,7 +32,7 @@ def create(
 
 
 @app.command("list")
-def list_endpoints(context: typer.Context, limit: int = 50, json: AsJson = False) -> None:
+def list_endpoints(context: typer.Context, limit: Limit = 50, json: AsJson = False) -> None:
     """List the project's endpoints, newest first."""
     found = connect(context).pages(ROOT, limit=limit)
     if json:
@@ -64,9 +64,15 @@ def send_test(
     endpoint: Endpoint,
     event: Annotated[str, typer.Option(help="Its type.")] = "fine_tuning.job.succeeded",
 ) -> None:
-    """Send a test event once."""
-    answer = connect(context).call("POST", f"{ROOT}/{endpoint}/test", json={"event_type": event})
-    output.done(f"the receiver answered {answer['status_code']}")
+    """Send a test event once. Exit status 1 unless the receiver answers with a 2xx status."""
+    api = connect(context)
+    if reason := api.call("GET", f"{ROOT}/{endpoint}")["disabled_reason"]:
+        output.warnings([f"{endpoint} is disabled and receives only tests: {reason} Setting its url enables it again."])
+    status = api.call("POST", f"{ROOT}/{endpoint}/test", json={"event_type": event})["status_code"]
+    if not 200 <= status < 300:
+        output.failed(f"the receiver answered {status}: only a 2xx status accepts an event")
+        raise typer.Exit(1)
+    output.done(f"the receiver answered {status}")
 
 
 @app.command()
