@@ -55,6 +55,8 @@ class Poller:
             self.work()
             self._bell.wait(self._poll_seconds)
             self._bell.clear()
+        # Another thread may still work with a process that this one has started, and which would end with it.
+        threading.Event().wait()
 
     def _work_off(self) -> None:
         try:

@@ -1,6 +1,8 @@
 """The supervisor's parts, each with real processes, pipes, PostgreSQL and directories."""
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -662,6 +664,30 @@ def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Worksh
     assert looked[False] == 1
     drain.begin()
     called.wake()
+
+
+def test_a_process_that_a_poller_started_outlives_its_drain() -> None:
+    """A run may use a trainer that was made ready in another thread; Linux ends it with the thread that started it."""
+    drain, started = Drain(), list[subprocess.Popen[bytes]]()
+
+    def look() -> bool:
+        if not started:
+            command = [sys.executable, "-c", "input()"]
+            dies = processes.dies_with_parent(signal.SIGKILL)
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, preexec_fn=dies))
+        return False
+
+    poller = Poller("test", look, poll_seconds=0.01, drain=drain)
+    poller.open()
+    assert processes.wait_until(lambda: bool(started), seconds=20, alive=lambda: True)
+    [process] = started
+    drain.begin()
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+    finally:
+        process.communicate(b"\n")
+    assert process.returncode == 0
 
 
 def test_a_fault_of_one_look_does_not_end_the_poller_and_a_drain_does(caplog: pytest.LogCaptureFixture) -> None:

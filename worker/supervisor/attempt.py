@@ -142,6 +142,9 @@ def _conclude(
     if isinstance(last, protocol.Failed) and last.kind != "crashed":
         return _fail(keeper, last, settings)
     if status == protocol.EXIT_PAUSED or keeper.stopping:
+        if status != protocol.EXIT_PAUSED:
+            how = _exit_reason(trainer, status)
+            log.warning("attempt %d of %s saved nothing: %s", keeper.lease.number, keeper.lease.job_id, how)
         return _let_go(keeper, snapshot=_stored(recorder, last.path if isinstance(last, protocol.Paused) else None))
     return _hand_back(keeper, last.message if isinstance(last, protocol.Failed) else _exit_reason(trainer, status))
 
