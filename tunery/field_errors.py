@@ -103,9 +103,26 @@ def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
             return f"A full fine-tune has no '{knob}': remove '{path}', or set technique.type to 'lora' or 'qlora'."
         if kind == "lora" and not suggestion.startswith("technique."):
             return f"LoRA has no '{knob}': remove '{path}' (see /docs for its settings; 'qlora' has more)."
+    if path.startswith("columns.") and (parts := _parts(known)):
+        return _unknown_part(path.partition(".")[2], parts)
     if suggestion:
         return f"Unknown parameter: '{path}'. Did you mean '{suggestion}'?"
     return f"Unknown parameter: '{path}'. Remove it, or check its spelling against /docs."
+
+
+def _parts(known: type[BaseModel] | None) -> list[str]:
+    """Returns the names that `columns` may have."""
+    return [path.partition(".")[2] for path in (_paths(known) if known else ()) if path.startswith("columns.")]
+
+
+def _unknown_part(name: str, parts: Sequence[str]) -> str:
+    """Returns the reason for a name in `columns` that is no part of a row."""
+    close = difflib.get_close_matches(name, parts, n=1, cutoff=0.75)
+    meant = f"Did you mean '{close[0]}'? " if close else ""
+    return (
+        f"Unknown parameter: 'columns.{name[:40]}'. 'columns' names the column of each part, as in prompt=Frage. "
+        f"{meant}The parts are {', '.join(parts)}."
+    )
 
 
 def _suggestion(path: str, known: type[BaseModel] | None) -> str:

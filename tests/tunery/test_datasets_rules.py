@@ -211,6 +211,12 @@ def test_empty_answers_are_named() -> None:
     assert "lines 2, 3. Remove the message, or give it the weight 0." in warning
 
 
+def test_an_empty_answer_of_a_table_is_no_message() -> None:
+    [_, warning] = check_examples([b"prompt,completion\nq,a\nq,\n"], least=1).warnings(2048)
+    assert warning.startswith("1 of 2 examples have an answer that is empty or blank, which")
+    assert warning.endswith("Add the answer, or remove the row.")
+
+
 def test_a_file_without_any_learnable_token_is_refused() -> None:
     with pytest.raises(InvalidTrainingFile, match=r"max_seq_length \(16\). Raise max_seq_length."):
         check_examples([row(question="word " * 50)] * 10, template=template(), max_length=16)

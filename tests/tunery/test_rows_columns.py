@@ -135,6 +135,42 @@ def test_an_empty_cell_of_a_named_column_is_an_empty_text() -> None:
     assert check_examples([b"Frage,Antwort\nq,\nq,a\n"], encoder=encoder, least=1).silent == [1]
 
 
+@pytest.mark.parametrize(
+    "table", [b"Frage,Antwort\nq,a\n,\n", b"Frage,Antwort\n,\nq,a\n", b"Frage;Antwort;id\n;;1\nq;a;2\n"]
+)
+def test_an_empty_row_is_judged_alike_with_named_columns(table: bytes) -> None:
+    named = check_examples([table], encoder=encoder_of_any("assistant", NAMED), least=1)
+    own = [table.replace(b"Frage", b"prompt").replace(b"Antwort", b"completion")]
+    assert named.examples == 2
+    assert named.silent == check_examples(own, least=1).silent
+
+
+@pytest.mark.parametrize("row", [b"{}", b'{"Frage": null, "Antwort": null}'])
+def test_an_empty_row_of_json_is_refused_alike_with_named_columns(row: bytes) -> None:
+    table = b'{"Frage": "q", "Antwort": "a"}\n' + row
+    own = table.replace(b"Frage", b"prompt").replace(b"Antwort", b"completion")
+    for data, encoder in ((table, encoder_of_any("assistant", NAMED)), (own, encoder_of_any("assistant"))):
+        with pytest.raises(InvalidTrainingFile, match="Example 2"):
+            check_examples([data], encoder=encoder, least=1)
+
+
+@pytest.mark.parametrize("table", [b"Frage,Antwort\nq,a\n", b'{"Frage": "q", "Antwort": "a"}'])
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        (Columns(prompt="Frage", completion="Antwrt"), "It has 'Frage', 'Antwort'. Did you mean 'Antwort'?"),
+        (
+            Columns(prompt="Fragen", completion="x"),
+            "It has 'Frage', 'Antwort'. Did you mean 'Frage'? Correct 'columns'.",
+        ),
+    ],
+)
+def test_a_wrong_column_is_refused_with_those_of_the_file(table: bytes, columns: Columns, advice: str) -> None:
+    with pytest.raises(InvalidTrainingFile) as refused:
+        check_examples([table], encoder=encoder_of_any("assistant", columns), least=1)
+    assert advice in refused.value.message
+
+
 def test_an_empty_cell_beside_the_answer_is_absent() -> None:
     table = b"prompt,completion,label,system,chosen\nq,a,,,\nq,b,,Be brief.,\n"
     examples = [example for _, example in read_examples([table], "training")]
@@ -173,7 +209,8 @@ def test_row_without_a_named_column_says_which(row: dict[str, Any], reason: str)
         ("prompt=Frage", "does not define a whole row"),
         ("prompt=a,completion=a", "names a column twice"),
         ("prompt", "Write 'columns' as part=column"),
-        ("frage=a,completion=b", "Unknown parameter: 'columns.frage'"),
+        ("frage=a,completion=b", "Unknown parameter: 'columns.frage'. .* as in prompt=Frage. The parts are messages, "),
+        ("promt=a,completion=b", "Did you mean 'prompt'?"),
         ("text=a,text=b", "'columns' has 'text' twice"),
         ('{"text": "a", "text": "a"}', "'columns' has 'text' twice"),
         ('{"text": {"a": 1}}', "'columns.text' .* should be a string"),

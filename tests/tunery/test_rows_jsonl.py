@@ -124,6 +124,8 @@ def _tarred() -> bytes:
 CONTAINERS = {
     "messages alone": (b'[{"role": "user", "content": "q"}]\n', "a list of messages"),
     "plain text": (b"Hello there\n", "does not begin with a JSON object in braces"),
+    "a table with pipes": (b"prompt|completion\na, b|c\n", "a table with '|' between its columns"),
+    "a table with quoted pipes": (b'"prompt" | "completion"\na|b\n', "a table with '|' between its columns"),
     "HTML": (b"<!DOCTYPE html>\n<html>", "a page of HTML or XML"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
     "bzip2": (bz2.compress(ROW), "compressed with bzip2"),

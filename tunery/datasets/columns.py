@@ -3,11 +3,15 @@
 import json
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tunery import field_errors
 from tunery.errors import InvalidValue
 from tunery.spec import Columns
+
+
+class _Named(BaseModel):
+    columns: Columns
 
 
 def parse(text: str) -> Columns:
@@ -24,7 +28,7 @@ def parse(text: str) -> Columns:
         return Columns.model_validate(given)
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", "columns", *fault["loc"])} for fault in error.errors()]
-        raise field_errors.explain(faults, {"columns": given}) from None
+        raise field_errors.explain(faults, {"columns": given}, _Named) from None
 
 
 def _json_pairs(text: str) -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, PlainText, is_answerable
 from tunery.rows.preferences import Pair
 from tunery.rows.rendered import find_marker, find_speaker
+from tunery.rows.shape import CHAT
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
@@ -70,6 +71,18 @@ class Summary:
             else:
                 setattr(self, name, max(mine, more) if name == "longest" else mine + more)
 
+    def _silence(self) -> str:
+        """Returns the warning of empty answers, which are a message only in chats."""
+        is_chat = self.shape.name in (None, CHAT)
+        what = (
+            "assistant message that is empty or blank and calls no tool" if is_chat else "answer that is empty or blank"
+        )
+        advice = "Remove the message, or give it the weight 0" if is_chat else "Add the answer, or remove the row"
+        return (
+            f"{len(self.silent)} of {self.examples} examples have an {what}, which teaches the model to end its turn "
+            f"at once: {_lines(self.silent)}. {advice}."
+        )
+
     def check_cut_answers(self, max_length: int) -> None:
         """Raises AnswersCut where more than MOST_CUT of the examples lose a part of their answer."""
         cut = sorted({*self.left_out, *self.unlearnable})
@@ -109,11 +122,7 @@ class Summary:
                 f"{max_length} tokens and are left out: {_lines(self.unlearnable)}."
             )
         if self.silent:
-            found.append(
-                f"{len(self.silent)} of {self.examples} examples have an assistant message that is empty or blank and "
-                f"calls no tool, which teaches the model to end its turn at once: {_lines(self.silent)}. Remove the "
-                "message, or give it the weight 0."
-            )
+            found.append(self._silence())
         if self.unknown_keys:
             found.append(f"The rows have keys that are ignored in training: {_names(list(self.unknown_keys))}.")
         if self.unscorable:

@@ -38,6 +38,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _MARKUP = re.compile(rb"<(?:!doctype|\?xml|html|[a-z])", re.IGNORECASE)
 _ALONE = frozenset({b"text", b"messages", b"conversations", b"conversation"})
 """Headers of a one-column table, which has no separator, that are a whole row without `columns`."""
+_PIPES = re.compile(rb'[^\t,;{\[<]*\w"?[ ]*\|[ ]*"?\w[^\t,;]*')
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _LIST_OF_MESSAGES = re.compile(rb'\[\s*\{\s*"(?:role|content)"\s*:')
 
@@ -94,6 +95,10 @@ def _binary(head: bytes) -> str | None:
     return _UTF8.format(kind="UTF-16 or UTF-32") if wide else _CONVERT.format(kind="a binary file")
 
 
+_SEPARATED_BY_PIPES = (
+    "is a table with '|' between its columns. Separate them with commas, semicolons or tabs, and quote "
+    "values that contain them."
+)
 _NO_ROWS = "does not begin with a JSON object in braces. Send JSON Lines, a JSON array, CSV or Parquet."
 
 
@@ -104,4 +109,6 @@ def _text(head: bytes) -> str | None:
         return 'is a list of messages. Write each conversation as {"messages": [...]}.'
     if _MARKUP.match(head):
         return "is a page of HTML or XML, perhaps a download's error page. Send the rows themselves."
+    if _PIPES.fullmatch(head):
+        return _SEPARATED_BY_PIPES
     return None if not head or head.startswith((b"{", b'"', b"[")) else _NO_ROWS

@@ -4,8 +4,10 @@ The first row whose shape is recognised sets that of the whole file. `FileShape.
 not recognised.
 """
 
+import difflib
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from tunery.rows import conversations, keys, pairs
@@ -55,13 +57,11 @@ class FileShape:
         row: dict[str, Any] = keys.present(source.load())
         if not self.columns:
             return row if len(row) == 1 and "messages" in row else _respell(row)
-        if all(column not in row for column in self.columns.values()):
-            raise ValueError(self._no_column(row))
+        if all(column not in source.load() for column in self.columns.values()):
+            named = ", ".join(f"'{column[:40]}'" for column in self.columns.values())
+            seen = _seen(list(self.columns.values()), source.load())
+            raise ValueError(f"{_START}: the row has none of the columns {named}. {seen} Correct 'columns'.")
         return {part: row[column] for part, column in self.columns.items() if column in row}
-
-    def _no_column(self, row: dict[str, Any]) -> str:
-        named, found = (", ".join(f"'{key[:40]}'" for key in some) for some in (self.columns.values(), list(row)[:8]))
-        return f"{_START}: the row has none of the columns {named}. It has {found or 'no keys'}. Correct 'columns'."
 
     def convert(self, source: SourceRow) -> dict[str, Any]:
         """Returns a row's fields with `messages`. Raises ValueError, also if its shape differs from the first row's."""
@@ -101,9 +101,12 @@ class FileShape:
         """Returns the shape of a row with values in its `empty` columns. Raises ValueError if it lacks one that cannot
         be an empty text."""
         missing = {part: key for part, key in shape.columns.items() if key in empty}
-        if source.is_table and missing.keys() <= _TEXTS:
+        fields = source.load()
+        absent = [name for name in (self.columns.get(key, key) for key in missing.values()) if name not in fields]
+        if source.is_table and missing.keys() <= _TEXTS and not absent:
             return shape
-        raise ValueError(_lacks_value(shape, next(iter(missing.values())), self.columns)) from cause
+        reason = _lacks_value(shape, next(iter(missing.values())), self.columns)
+        raise ValueError(f"{reason} {_seen(absent, fields)}" if absent else reason) from cause
 
     def fill(self, source: SourceRow) -> SourceRow:
         """Returns a row of a table with an empty text for each empty cell that is read as one; any other unchanged."""
@@ -282,6 +285,14 @@ def _lacks_value(shape: Shape, missing: str, columns: Mapping[str, str]) -> str:
         f"{_START}: the row is like those of {shape.name}, but has no value in '{columns.get(missing, missing)}'. Add "
         f"it, remove the row, or name other columns {keys.BY_HAND}"
     )
+
+
+def _seen(absent: list[str], fields: Mapping[str, Any]) -> str:
+    """Returns which columns a row has, and those whose names are close to those of the absent ones."""
+    found = ", ".join(f"'{key[:40]}'" for key in list(fields)[:8])
+    close = chain.from_iterable(difflib.get_close_matches(name, fields, n=1) for name in absent)
+    meant = ", ".join(f"'{name[:40]}'" for name in dict.fromkeys(close))
+    return f"It has {found or 'no keys'}." + (f" Did you mean {meant}?" if meant else "")
 
 
 def _may_be_named(row: Mapping[str, Any]) -> bool:
