@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tunery.local.terminal import JobProgress, duration, loss_curve, print_whole, size
+from tunery.local.terminal import JobProgress, Reporter, duration, loss_curve, print_whole, size
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,14 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1234567, "1.2 MB"), (3e13, "30.0 TB")])
 def test_sizes(count: float, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(("timed", "end"), [(True, " s\n"), (False, "was started again\n")])
+def test_only_steps_that_follow_each_other_have_a_duration(timed: bool, end: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    Reporter(console, timed=timed)("api", "was started again")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().endswith(end)
 
 
 def test_a_table_is_not_cut_where_the_terminal_is_narrow() -> None:

@@ -35,7 +35,7 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
             _show_key(stack, console)
             register(stack, gguf, console)
             _welcome(stack, console)
-            _supervise(stack)
+            _supervise(stack, console)
         except KeyboardInterrupt:
             console.print("\nStopping; a running job is saved and continues with the next `tunery up`.", style="dim")
         finally:
@@ -44,7 +44,8 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
     console.print("Everything is stopped.", style="dim")
 
 
-def _supervise(stack: Stack) -> NoReturn:
+def _supervise(stack: Stack, console: Console) -> NoReturn:
+    stack.report = Reporter(console, timed=False)  # restarts are not steps of the start, and may be days apart
     while True:
         stack.restart_dead()
         time.sleep(1)

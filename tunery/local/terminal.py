@@ -49,16 +49,18 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 class Reporter:
-    """Prints one line a step, with the time since the one before."""
+    """Prints one line a step; with `timed`, the time since the one before, if steps follow each other directly."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, *, timed: bool = True) -> None:
+        self._console, self._timed = console, timed
         self._last = time.monotonic()
 
     def __call__(self, name: str, where: str) -> None:
         now = time.monotonic()
         took, self._last = now - self._last, now
-        line = Text.assemble(("  ✓ ", "green"), f"{name:<14}", (f"{where}  ", "dim"), (f"{took:.1f} s", "dim cyan"))
+        line = Text.assemble(("  ✓ ", "green"), f"{name:<14}", (where, "dim"))
+        if self._timed:
+            line.append(f"  {took:.1f} s", style="dim cyan")
         self._console.print(line, soft_wrap=True)
 
 
