@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
+from tunery.rows.words import pattern
+
 OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
 """Keys that the official client's `message.model_dump()` adds to those of a request; they can be ignored."""
 
@@ -87,7 +89,7 @@ _JUDGEMENTS = frozenset(
 _CHOICE = re.compile(r"\s*\(?([A-Ja-j]|\d{1,2})\)?[.:]?\s*")
 _CHOICE_COLUMN = re.compile(r"(?:option|choice|answer|op)_?(?:[a-j]|\d)|[a-j]")
 """The name of a column with a single choice."""
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(pattern())
 _LONGEST_NAME = 40
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _GAP = re.compile(r"[\s-]+")

@@ -11,6 +11,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.rows import Row
+from tunery.rows.words import pattern
 
 PARTS = ("question", "answer")
 _FRACTION = 0.9
@@ -29,7 +30,7 @@ _SUSPECTS = 2000
 """Rows besides them that are identified since they have few of the usual language's words."""
 _WORDS, _FAMILIAR = 300, 0.15
 _NO_LANGUAGE = "zxx"
-_LETTER, _WORD = re.compile(r"[^\W\d_]"), re.compile(r"[^\W\d_]+")
+_LETTER, _WORD = re.compile(r"[^\W\d_]"), re.compile(pattern(r"[^\W\d_]"))
 _ACTION = "Correct the language, or give rows of another language a file of their own."
 
 

@@ -4,10 +4,15 @@ import json
 import re
 from typing import Any
 
-WORD = re.compile(r"\w+")
+from tunery.rows.words import pattern
+
+WORD = re.compile(pattern())
+_ASCII_WORD = re.compile(r"\w+")
+"""The same in texts without marks, and twice as fast."""
 _NUMBER = re.compile(r"\d+")
-NO_BLANKS = "\u3040-\u30ff\u3400-\u9fff"
-"""Letters of scripts without blanks between words, as a range of a pattern."""
+NO_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Letters of scripts without blanks between words, as a range of a pattern: Thai, Lao, Burmese, Khmer, Japanese and
+Chinese."""
 NO_BLANK = re.compile(f"[{NO_BLANKS}]")
 """One of them."""
 
@@ -19,7 +24,7 @@ def squash(text: str) -> str:
 
 def words(text: str) -> str:
     """Returns the text's words in one case, a blank between them; no punctuation."""
-    return " ".join(WORD.findall(text.casefold()))
+    return " ".join((_ASCII_WORD if text.isascii() else WORD).findall(text.casefold()))
 
 
 def numbers(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tunery.datasets.report import texts
 from tunery.datasets.report.dictionary import Dictionary
 from tunery.datasets.report.rows import Row
+from tunery.rows.words import MARKS, ends_in_letter, is_of_letters, pattern
 
 _COMMON = 100
 _PROSE, _KNOWN = 0.15, 0.6
@@ -28,8 +29,9 @@ _MOST_WORDS = 500_000
 _LINES, _START, _ASKED = 12, 60, 2000
 """Lines of an answer that are compared, characters of a line in which its first words are, and of a question that are
 read."""
-WORD = re.compile(rf"[{texts.NO_BLANKS}]|[^\W_{texts.NO_BLANKS}]+(?:['’][^\W\d_]+)*")  # noqa: RUF001 (an apostrophe)
-"""Where there are no blanks between words, each character counts as one."""
+_WITH_BLANKS = pattern(rf"[^\W_{texts.NO_BLANKS}]")
+WORD = re.compile(rf"[{texts.NO_BLANKS}][{MARKS}]*|{_WITH_BLANKS}(?:['’][^\W\d_]+)*")  # noqa: RUF001 (an apostrophe)
+"""Where there are no blanks between words, each character counts as one, with its marks."""
 _ENDING = re.compile(rf"({WORD.pattern})(?=[.!?]\s|[。！？]|[^\w\n]*\n)")  # noqa: RUF001 (likewise)
 _APOSTROPHE = re.compile(r"\w['’]$")  # noqa: RUF001 (likewise)
 _QUOTE = re.compile(r"(?:^|[\s(\[])['‘]")  # noqa: RUF001 (likewise)
@@ -120,7 +122,7 @@ class Vocabulary:
         self._last_lines[last] += 1
         self._inner_lines.update(before)
         self._characters[_kind(answer[-1])] += 1
-        if answer[-1].isalpha():
+        if ends_in_letter(answer):
             self._final[found[-1]] += 1
 
     def own(self, at: int, answer: str) -> Own:
@@ -162,7 +164,7 @@ class Vocabulary:
         """Whether a text ends inside a word, or with a word that another one follows. `found`: its last words."""
         if len(found) < _LEAST_WORDS:
             return False
-        if not text[-1].isalpha():
+        if not ends_in_letter(text):
             return _APOSTROPHE.search(text) is not None and _QUOTE.search(text) is None
         *before, last = found
         if self._final[last] > max(_OFTEN, _FINAL * self._all[last]):
@@ -230,7 +232,7 @@ class Vocabulary:
 
     def look_up(self, word: str, *, is_name: bool) -> dict[str, float]:
         """Returns whether the dictionary has an answer's last word, and how often longer words begin with it."""
-        known = word.isalpha()
+        known = is_of_letters(word)
         count, longer = (self._dictionary.frequency(word), self._dictionary.longer(word)) if known else (0, 0)
         unknown = known and not count and self._texts[word] <= 1
         return {

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from itertools import chain
 
-from tunery.datasets.report import extensions, neighbours
+from tunery.datasets.report import extensions, neighbours, texts
 from tunery.datasets.report.rows import Row
 
 
@@ -30,7 +30,7 @@ def nearest(questions: Sequence[str], examples: Sequence[str], most: int) -> lis
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     # No pattern of its own: the usual one drops words of one character, which in some scripts are most of them.
-    vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True)  # noqa: S106 (no password)
+    vectors = TfidfVectorizer(token_pattern=texts.WORD.pattern, sublinear_tf=True)
     known = vectors.fit_transform([text or "-" for text in (*examples, *questions)])[: len(examples)]
     found = []
     for question in questions:
