@@ -41,6 +41,18 @@ def test_a_table_is_not_cut_where_the_terminal_is_narrow() -> None:
     assert "0123456789abcdef" * 4 in console.file.getvalue()
 
 
+def test_lines_of_a_table_are_not_filled_with_blanks() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("id", "short")
+    table.add_row("warnings", "a long one, " * 20)
+    print_whole(console, table)
+    assert isinstance(console.file, io.StringIO)
+    first, second = console.file.getvalue().splitlines()
+    assert first == "id        short"
+    assert second == "warnings  " + ("a long one, " * 20).rstrip()
+
+
 def _rows(points: list[tuple[int, float]]) -> list[str]:
     chart = loss_curve(points, width=20, height=8, unicode=False).plain.splitlines()
     return [line.partition("|")[2] for line in chart[:8]]

@@ -42,10 +42,16 @@ def size(count: float) -> str:
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Prints a table at its full width, so that the terminal wraps lines instead of cutting ids and digests."""
+    """Prints a table at its full width, so that the terminal wraps lines instead of cutting ids and digests.
+
+    Without the blanks that fill each line to the longest one's width: a narrow terminal would show them as empty lines.
+    """
     wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    width = max(wide, console.width)
-    Console(file=console.file, width=width, force_terminal=console.is_terminal, highlight=False).print(table)
+    options = console.options.update(width=max(wide, console.width))
+    for segments in console.render_lines(table, options, pad=False):
+        line = Text.assemble(*((part.text, part.style or "") for part in segments))
+        line.rstrip()
+        console.print(line, soft_wrap=True)
 
 
 class Reporter:
