@@ -22,7 +22,7 @@ from tunery.datasets.cleaning import cleaner, conversations, redaction, splits
 from tunery.datasets.cleaning.cleaner import Cleaned
 from tunery.datasets.cleaning.order import ACTIONS, Action, Cleaning, HeldOut, RowChoice
 from tunery.datasets.errors import CannotHoldOut, NothingLeft
-from tunery.datasets.report import leaks, maker, privacy, shingles, texts
+from tunery.datasets.report import leaks, maker, privacy, shingles, texts, usable
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.rows import Row, read
 from tunery.datasets.report.titles import TITLES
@@ -329,6 +329,33 @@ def test_of_rows_in_conflict_the_one_without_another_fault_stays(tmp_path: Path)
     assert left == [rows[2]]
 
 
+LABELS = ["card_arrival", "fee"]
+_OTHERS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "islet", "juniper", "kelp", "lotus"]
+
+
+@pytest.mark.parametrize(
+    "answers", [["card_arrival", "card_arrival", "fee"], ["fee", "card_arrival", "card_arrival"], [*"yynnyn"]]
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_all_rows_with_a_contradicted_answer_go(tmp_path: Path, answers: list[str], labelled: bool) -> None:
+    others = [chat(f"{word} {word[::-1]} {word * 2}?", LABELS[at % 2]) for at, word in enumerate(_OTHERS)]
+    asked = [chat("Wann kommt sie?", answer) for answer in answers]
+    path = written(tmp_path / "rows.jsonl", [*asked, *(others if labelled else [])])
+    found = maker.make(path)
+    done = cleaner.clean(path, tmp_path / "clean.jsonl", RECOMMENDED) if labelled else None
+    out = usable.left_out([one for one in found.findings if one.kind == "contradiction"])
+    assert out == dict.fromkeys(range(1, len(answers) + 1), "contradiction")
+    if done is not None:
+        assert dropped(done) == [(line, "contradiction") for line in range(1, len(answers) + 1)]
+
+
+def test_a_row_whose_rival_is_dropped_for_another_fault_stays(tmp_path: Path) -> None:
+    rows = [chat("Wann kommt sie?", answer) for answer in ("today", "today", "later")]
+    done, left = cleaned(written(tmp_path / "rows.jsonl", rows), Cleaning(recommended=True, rows=RowChoice(drop=[3])))
+    assert dropped(done) == [(2, "exact_duplicate"), (3, "rows.drop")]
+    assert left == rows[:1]
+
+
 def test_a_corrected_row_is_judged_again(tmp_path: Path) -> None:
     rows = [chat("where is the nearest bank", "left"), chat("where is the nearest bank", "left", roles="user gpt")]
     done, left = cleaned(written(tmp_path / "rows.jsonl", rows))
@@ -456,6 +483,7 @@ def test_the_command_prints_what_was_done(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["files", "clean", str(path), "-o", str(out), "--keep-one", "exact_duplicate"])
     assert run.exit_code == 0, run.output
     assert "3 rows: 1 dropped, 0 changed, out.jsonl has 2" in run.output
+    assert "out.jsonl has 2 rows, but a training file needs at least 10: add rows." in run.output
     run = CliRunner().invoke(app, ["files", "clean", str(path), "-o", str(out), "--recommended", "--json"])
     said = json.loads(run.output)
     assert said["counts"] == {"rows": 3, "judged": 3, "kept": 2, "held_out": 0, "dropped": 1, "changed": 1}

@@ -17,6 +17,7 @@ from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import ColumnNames, connect, new_file, parse_columns
 from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such_file
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
+from tunery.datasets.rules import LEAST_EXAMPLES
 
 _SHOWN = 5
 _NOTHING = (
@@ -161,6 +162,9 @@ def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -
         ),
         soft_wrap=True,
     )
+    if counts["kept"] < LEAST_EXAMPLES:
+        said = f"{written[0]} has {counts['kept']} rows, but a training file needs at least {LEAST_EXAMPLES}: add rows."
+        output.errors.print(said, soft_wrap=True, markup=False)
     output.console.print()
     kinds = sorted(done["kinds"].items(), key=lambda item: -sum(item[1].values()))
     rows = ((kind, of["dropped"] or "", of["changed"] or "", _lines(done, kind)) for kind, of in kinds)

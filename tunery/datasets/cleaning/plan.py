@@ -1,6 +1,6 @@
 """Decides what a cleaning does to each row, by the findings of a report."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,15 +125,17 @@ def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action],
                 plan.drop(line, finding.kind, finding.why)
     _edit(plan, {line: found for line, found in edits.items() if line not in plan.dropped}, read_rows)
     for kind in OF_SEVERAL:
+        keeps_one, gone = kind in actions and actions[kind].action == "keep_one", frozenset(plan.dropped)
         for finding in due:
             if finding.kind == kind:
-                _thin_out(plan, finding, keeps_one=actions[kind].action == "keep_one")
+                _thin_out(plan, finding, plan.dropped if keeps_one else gone, keeps_one=keeps_one)
     return len(plan.dropped) + len(plan.changes) > before
 
 
-def _thin_out(plan: Plan, finding: Finding, *, keeps_one: bool) -> None:
-    """Drops the rows of a finding about several rows, except the first if one is kept."""
-    left = [line for line in finding.lines if line not in plan.dropped]
+def _thin_out(plan: Plan, finding: Finding, gone: Collection[int], *, keeps_one: bool) -> None:
+    """Drops the rows of a finding about several rows, except the first if one is kept. `gone`: rows that are dropped
+    already; where none is kept, not those of findings of the same kind, which may share a row."""
+    left = [line for line in finding.lines if line not in gone]
     if len(left) < 2:
         return
     for line in left[1:] if keeps_one else left:

@@ -1,11 +1,14 @@
 """Finds rows that answer the same question differently: with another label, another short answer or a swapped pair."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 from tunery.datasets.report import sameness, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.neighbours import Pair
+from tunery.datasets.report.rows import Row, whole
 
 _SHORT = 5
 """Maximum words of an answer that states one thing."""
@@ -32,9 +35,14 @@ def find(case: Case) -> Iterator[Finding]:
     asked = {one.question for one in short}
     if len(asked) > max(_FEW, _HABIT * len(case.compared)):
         short = []
-    for one in [*labelled, *swapped, *short]:
-        if len(answers.get(one.question, ())) <= _OPEN:
-            yield _finding(*one)
+    found = [one for one in [*labelled, *swapped, *short] if len(answers.get(one.question, ())) <= _OPEN]
+    judges: list[_Judge] = [_swapped, partial(_labels, case), *([partial(_answers, case)] if short else [])]
+    for one in [*found, *_repeated(case, found, judges)]:
+        yield _finding(*one)
+
+
+_Judge = Callable[[Pair], tuple[str, str, str] | None]
+"""Returns what both rows have different ones of, and both; None if they do not contradict each other."""
 
 
 class _Found(NamedTuple):
@@ -48,6 +56,29 @@ class _Found(NamedTuple):
     @property
     def question(self) -> str:
         return texts.words(self.pair.second.question)
+
+
+def _repeated(case: Case, found: Sequence[_Found], judges: Sequence[_Judge]) -> Iterator[_Found]:
+    """Yields the rows that repeat a contradicted one, each with a row that contradicts it: of equal questions, only the
+    first is paired with all others."""
+    named = {row.line for one in found for row in one.pair[:2]}
+    rivals: dict[tuple[str, str | None], dict[str, tuple[Row, float]]] = {}
+    for pair in (one.pair for one in found):
+        for row, rival in ((pair.first, pair.second), (pair.second, pair.first)):
+            for system in (texts.squash(rival.system), None):
+                of_question = rivals.setdefault((_asked(row), system), {})
+                of_question.setdefault(f"{rival.tools}{whole(rival)}", (rival, pair.similarity))
+    for row in case.compared if rivals else ():
+        if row.line not in named:
+            systems = dict.fromkeys((texts.squash(row.system) or None, ""))
+            some = (rivals.get((_asked(row), system), {}).values() for system in systems)
+            pairs = (Pair(row, rival, similarity, False) for rival, similarity in chain.from_iterable(some))
+            why = ((pair, judge(pair)) for pair in pairs if _same_instructions(pair) for judge in judges)
+            yield from islice((_Found(pair, *said) for pair, said in why if said), 1)
+
+
+def _asked(row: Row) -> str:
+    return texts.words(row.question) or texts.squash(row.question)
 
 
 def _by_question(found: Iterable[_Found]) -> dict[str, set[str]]:

@@ -31,11 +31,11 @@ def left_out(findings: Sequence[Finding]) -> dict[int, str]:
         if finding.kind not in OF_SEVERAL:
             out.update({line: finding.kind for line in finding.lines if line not in out})
     for kind in OF_SEVERAL:
+        keeps_one, gone = actions[kind].action == "keep_one", frozenset(out)
         for finding in due:
-            left = [line for line in finding.lines if line not in out]
+            left = [line for line in finding.lines if line not in (out if keeps_one else gone)]
             if finding.kind == kind and len(left) > 1:
-                keeps_one = actions[kind].action == "keep_one"
-                out.update(dict.fromkeys(left[1:] if keeps_one else left, kind))
+                out.update({line: kind for line in left[keeps_one:] if line not in out})
     return out
 
 
