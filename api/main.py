@@ -36,7 +36,7 @@ from api.routes import (
 from api.schemas import base
 from api.web import docs
 from tunery import db, plugins
-from tunery.settings import Settings, get_settings
+from tunery.settings import Settings, get_settings, settings_or_exit
 from tunery.storage import open_storage
 
 DESCRIPTION = """
@@ -72,7 +72,7 @@ ROUTERS = (
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application on `settings`, or on the environment's. Connects to nothing before the first request."""
-    settings = settings or get_settings()
+    settings = settings or settings_or_exit()
     plugins.load(settings.plugins, "api")
     app = FastAPI(
         title="Tunery",

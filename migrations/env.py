@@ -17,7 +17,7 @@ import tunery.models.model
 import tunery.traffic.model
 import tunery.webhooks.model  # noqa: F401  importing is what registers the tables
 from tunery.db import Base
-from tunery.settings import get_settings
+from tunery.settings import settings_or_exit
 
 MIGRATION_LOCK = 7_214_000
 # A migration that waits for a lock makes every request behind it wait too: give up early, and let the operator retry.
@@ -51,6 +51,6 @@ def _run_alone(connection: Connection) -> None:
         connection.commit()
 
 
-url = context.config.get_main_option("sqlalchemy.url") or get_settings().database_url
+url = context.config.get_main_option("sqlalchemy.url") or settings_or_exit().database_url
 with create_engine(url, poolclass=pool.NullPool).connect() as connection:
     _run_alone(connection)

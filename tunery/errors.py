@@ -40,6 +40,7 @@ The others are in the `errors.py` beside what raises them, and the reasons of fa
     ├── RateLimited              traffic: the project has reached its limit of requests or tokens per minute
     ├── TooManyOpen              traffic: the project has reached its limit of concurrent requests
     ├── PluginFailed             a module of TUNERY_PLUGINS cannot be imported
+    ├── WrongSettings            variables of the environment have invalid values
     ├── Unavailable              a part of the service is down; try again
     │   ├── StorageFailed        storage
     │   ├── Overloaded           the model server's queue is full
@@ -148,6 +149,12 @@ class PluginFailed(TuneryError):
     TUNERY_PLUGINS."""
 
     code = "plugin_failed"
+
+
+class WrongSettings(TuneryError):
+    """{lines}"""
+
+    code = "wrong_settings"
 
 
 class Unavailable(TuneryError):

@@ -23,6 +23,8 @@ _REASONS = {
     "literal_error": "should be {expected}",
     "too_short": "should have at least {min_length} entries",
     "too_long": "should have at most {max_length} entries",
+    "ip_v4_network": "should be an IPv4 network, as in 10.0.0.0/8",
+    "ip_v6_network": "should be an IPv6 network, as in fd00::/8",
     "value_error": "{error}",
 }
 _OTHER_REASON = "is not valid for this field (see /docs)"
@@ -167,13 +169,14 @@ def _words(fault: Fault) -> str:
         else:
             close = difflib.get_close_matches(tag, tags, n=1)
         return f"should be {', '.join(tags[:-1])} or {tags[-1]}" + (f" (did you mean {close[0]}?)" if close else "")
-    reason, value = _of_value(fault), fault["input"]
+    reason, value = of_value(fault), fault["input"]
     if fault["type"] in _NOT_OBJECTS and fault["loc"][-1] == "technique" and isinstance(value, str):
         return f'{reason}, like {{"type": {json.dumps(value)}}}'
     return reason
 
 
-def _of_value(fault: Fault) -> str:
+def of_value(fault: Fault) -> str:
+    """Returns what a value should be, without the value."""
     kind, context = fault["type"], fault.get("ctx", {})
     if wanted := field_reasons.wanted(kind, context):
         return f"should be {wanted}"

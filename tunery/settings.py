@@ -1,15 +1,23 @@
 """The operator's settings, read once from the environment (`TUNERY_*`)."""
 
 import ipaddress
+import json
+import logging
+import os
+import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.functional_validators import BeforeValidator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from tunery import setting_errors
+from tunery.errors import WrongSettings
 from tunery.plugins import split
+
+log = logging.getLogger(__name__)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -22,13 +30,44 @@ def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
+def _object(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError('should be a JSON object, as in {"H200": 4.5}') from None
+
+
+def _psycopg(url: str) -> str:
+    if not url.startswith("postgresql+psycopg://"):
+        raise ValueError("should begin with postgresql+psycopg://, as in postgresql+psycopg://USER:PASSWORD@HOST/NAME")
+    return url
+
+
+def _long(secret: SecretStr) -> SecretStr:
+    if len(secret) < 16:
+        raise ValueError("should have at least 16 characters")
+    return secret
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Settings(BaseSettings):
     """Every field is the environment variable `TUNERY_<FIELD>`; deploy/env.example shows them all."""
 
     # An empty variable counts as absent, so that merely uncommenting a line of env.example does not stop services.
-    model_config = SettingsConfigDict(env_prefix="TUNERY_", env_ignore_empty=True, extra="ignore", frozen=True)
+    # Errors hide the values, some of which are secrets.
+    model_config = SettingsConfigDict(
+        env_prefix=setting_errors.PREFIX,
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
 
-    database_url: str = Field("postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL")
+    database_url: Annotated[str, AfterValidator(_psycopg)] = Field(
+        "postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL"
+    )
     broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
     storage_url: str = Field("file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]")
     s3_endpoint_url: str | None = Field(
@@ -99,13 +138,13 @@ class Settings(BaseSettings):
         None, description="`models_dir` of the model server as they see it. Absent: the same path"
     )
     serve_gpu: int | None = Field(
-        None, description="GPU of the model server, which is never used for training. Absent: CPU"
+        None, ge=0, description="GPU of the model server, which is never used for training. Absent: CPU"
     )
     io_gpu: int | None = Field(
-        None, description="GPU of the I/O workers' baselines, which is never used for training. Absent: CPU"
+        None, ge=0, description="GPU of the I/O workers' baselines, which is never used for training. Absent: CPU"
     )
 
-    gpu_hour_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    gpu_hour_prices: Annotated[dict[str, Annotated[float, Field(ge=0)]], NoDecode, BeforeValidator(_object)] = Field(
         {}, description='JSON object of the price per hour of one device, by card, as in {"H200": 4.5, "CPU": 0.1}'
     )
     currency: str = Field(
@@ -117,7 +156,7 @@ class Settings(BaseSettings):
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Comma-separated networks that webhooks may reach besides public https addresses"
     )
-    external_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
+    external_secret: Annotated[SecretStr, AfterValidator(_long)] | None = Field(
         None,
         description="Secret of at least 16 characters that encrypts the keys of baselines' external endpoints. Absent: "
         "external endpoints are disabled",
@@ -143,28 +182,30 @@ class Settings(BaseSettings):
     plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Comma-separated Python modules that every service and trainer imports at start"
     )
-    max_json_bytes: int = Field(2**20, description="Limit of a request's JSON body")
+    max_json_bytes: int = Field(2**20, ge=1, description="Limit of a request's JSON body")
     max_chat_bytes: int = Field(
-        4 * 2**20, description="Limit of the JSON body of a chat, or of a new base with its template"
+        4 * 2**20, ge=1, description="Limit of the JSON body of a chat, or of a new base with its template"
     )
-    max_file_bytes: int = Field(512 * 2**20, description="Limit of the file in one request")
-    max_upload_bytes: int = Field(8 * 2**30, description="Limit of a whole Upload")
-    max_part_bytes: int = Field(64 * 2**20, description="Limit of one part of an Upload")
+    max_file_bytes: int = Field(512 * 2**20, ge=1, description="Limit of the file in one request")
+    max_upload_bytes: int = Field(8 * 2**30, ge=1, description="Limit of a whole Upload")
+    max_part_bytes: int = Field(64 * 2**20, ge=1, description="Limit of one part of an Upload")
     requests_per_minute: int | None = Field(
         None, ge=0, description="Requests to models per minute and project, unless the project has its own limit"
     )
     tokens_per_minute: int | None = Field(None, ge=0, description="The same for tokens of prompts and answers together")
     open_requests: int = Field(64, ge=1, description="Concurrent requests to models per project and API process")
-    lease_seconds: int = Field(600, description="Time after which a silent worker loses its job")
-    renew_seconds: float = Field(10, description="Interval of a worker's lease renewals")
-    poll_seconds: float = Field(15, description="Interval at which a worker polls the queue without a wake-up")
-    sweep_seconds: float = Field(5, description="Interval of the I/O worker's periodic tasks")
+    lease_seconds: int = Field(600, ge=1, description="Time after which a silent worker loses its job")
+    renew_seconds: Seconds = Field(
+        10, description="Interval of a worker's lease renewals, at most a third of `lease_seconds`"
+    )
+    poll_seconds: Seconds = Field(15, description="Interval at which a worker polls the queue without a wake-up")
+    sweep_seconds: Seconds = Field(5, description="Interval of the I/O worker's periodic tasks")
     preload_trainer: bool = Field(
         True,
         description="Keep a trainer process with its imports ready for the next job, which starts 6 to 20 s sooner for "
         "up to 1 GB per GPU of the slot's last job",
     )
-    stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
+    stop_grace_seconds: Seconds = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
     keep_events_days: int = Field(
         365, ge=0, description="Days after a job's end for which its events are kept; 0: no limit"
     )
@@ -181,8 +222,36 @@ class Settings(BaseSettings):
     aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
     aws_region: str = Field("us-east-1", validation_alias="AWS_REGION")
 
+    @model_validator(mode="after")
+    def _lease_outlasts_renewals(self) -> Self:
+        if self.renew_seconds > self.lease_seconds / 3:
+            raise ValueError(
+                f"TUNERY_RENEW_SECONDS ({self.renew_seconds:g}) should be at most a third of TUNERY_LEASE_SECONDS "
+                f"({self.lease_seconds}), so that one late renewal loses no job: lower the former or raise the latter"
+            )
+        return self
+
+
+def read_settings(**given: Any) -> Settings:
+    """Returns the settings `given` and the environment's, and warns of misspelt ones. Raises WrongSettings."""
+    for warning in setting_errors.misspelt(os.environ, tuple(Settings.model_fields)):
+        log.warning(warning)
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise setting_errors.explain(error.errors()) from None
+
 
 @lru_cache
 def get_settings() -> Settings:
-    """Returns the process's settings. Tests build their own `Settings(...)` and pass it on."""
-    return Settings()
+    """Returns the process's settings. Raises WrongSettings. Tests build their own `Settings(...)` and pass it on."""
+    return read_settings()
+
+
+def settings_or_exit() -> Settings:
+    """Returns the settings of a service that starts. Wrong ones end it with status 2 and a line for each."""
+    try:
+        return get_settings()
+    except WrongSettings as error:
+        sys.stderr.write(f"Error: {error.message}\n")
+        sys.exit(2)

@@ -16,7 +16,7 @@ from billiard.process import current_process
 from celery import Celery, signals
 
 from tunery import dispatch, plugins
-from tunery.settings import get_settings
+from tunery.settings import get_settings, settings_or_exit
 from tunery.storage import open_storage
 from worker.poller import Poller
 from worker.pollers import start_pollers
@@ -26,7 +26,7 @@ from worker.supervisor.drain import Drain
 
 log = logging.getLogger(__name__)
 
-app = Celery("tunery", broker=get_settings().broker_url)
+app = Celery("tunery", broker=settings_or_exit().broker_url)
 app.conf.update(
     # Acknowledged before the work: a message redelivered after an hour would start a day-long run a second time.
     task_acks_late=False,

@@ -1,4 +1,7 @@
-"""`tunery ...`: the program. An error is one line on stderr and exit status 1; a traceback is a bug of ours."""
+"""`tunery ...`: the program. An error is one line on stderr and exit status 1, or 2 for wrong usage and settings.
+
+A traceback is a bug of ours.
+"""
 
 import sys
 from importlib import metadata
@@ -13,7 +16,7 @@ from tunery.cli.baseline import baseline
 from tunery.cli.chat import chat
 from tunery.cli.client import HOME
 from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
-from tunery.errors import TuneryError
+from tunery.errors import TuneryError, WrongSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,7 +97,7 @@ def run() -> None:
         app()
     except TuneryError as error:
         output.errors.print(f"[red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, WrongSettings) else 1)
     except OSError as error:  # of a path that the user named
         output.errors.print(f"[red]Error:[/] {_escaped(_of_path(error))}", soft_wrap=True)
         sys.exit(1)

@@ -30,6 +30,7 @@ from tunery.local import lock, paths, schema, state, watchdog
 from tunery.local.postgres import Postgres
 from tunery.local.restarts import Restarts
 from tunery.local.valkey import Valkey
+from tunery.settings import Settings, read_settings
 
 WITHOUT_SERVER_SECONDS = 6.0
 
@@ -101,6 +102,7 @@ class Stack:
 
     def _start(self) -> None:
         root = paths.root()
+        read_settings(database_url=Settings.model_fields["database_url"].default)  # the stack has its own database
         self.home.mkdir(parents=True, exist_ok=True, mode=0o711)
         self._take_home()
         self._make_private_folders()

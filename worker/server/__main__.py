@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from tunery import plugins
-from tunery.settings import Settings, get_settings
+from tunery.settings import Settings, settings_or_exit
 from tunery.storage import open_storage
 from worker.server.app import create_app
 from worker.server.backends import backend
@@ -29,7 +29,7 @@ def name_of(device: str) -> str:
 
 
 def main() -> None:
-    settings = get_settings()
+    settings = settings_or_exit()
     device = choose_device(settings)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; a name in a config must not start a search for more
     plugins.load(settings.plugins, "server")

@@ -1,0 +1,105 @@
+"""Settings: which values are refused, and how services and commands say so."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from tunery.errors import WrongSettings
+from tunery.settings import Settings, read_settings
+
+SECRET = "s3cr3t"
+POSITIVE = (
+    *("lease_seconds", "renew_seconds", "poll_seconds", "sweep_seconds", "stop_grace_seconds"),
+    *("max_json_bytes", "max_chat_bytes", "max_file_bytes", "max_upload_bytes", "max_part_bytes"),
+)
+
+
+def _wrong(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(WrongSettings) as error:
+        read_settings()
+    return error.value.message
+
+
+@pytest.mark.parametrize("value", ["0", "-5"])
+@pytest.mark.parametrize("name", POSITIVE)
+def test_times_and_sizes_are_positive(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = f"TUNERY_{name.upper()}"
+    message = _wrong(monkeypatch, **{variable: value})
+    assert message in {f"{variable} should be at least 1.", f"{variable} should be more than 0."}
+
+
+def test_a_lease_outlasts_three_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = _wrong(monkeypatch, TUNERY_LEASE_SECONDS="29")
+    assert message.startswith("TUNERY_RENEW_SECONDS (10) should be at most a third of TUNERY_LEASE_SECONDS (29)")
+    monkeypatch.setenv("TUNERY_LEASE_SECONDS", "30")
+    assert read_settings().lease_seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TUNERY_LEASE_SECONDS", "abc", "should be a whole number."),
+        ("TUNERY_POLL_SECONDS", "inf", "should be a finite number."),
+        ("TUNERY_DATABASE_URL", "foo", "should begin with postgresql+psycopg://"),
+        ("TUNERY_DATABASE_URL", f"postgres://tunery:{SECRET}@db/tunery", "should begin with postgresql+psycopg://"),
+        ("TUNERY_GPU_HOUR_PRICES", "{", "should be a JSON object"),
+        ("TUNERY_WEBHOOK_ALLOW", "foo", "network, as in 10.0.0.0/8"),
+        ("TUNERY_RESULT_FILES", "zip", "'auto', 'base64' or 'plain'"),
+        ("TUNERY_FILE_REPORTS", "perhaps", "should be true or false."),
+        ("TUNERY_EXTERNAL_SECRET", SECRET, "should have at least 16 characters."),
+        ("TUNERY_SERVE_GPU", "-1", "should be at least 0."),
+    ],
+)
+def test_a_wrong_value_is_one_line_without_the_value(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = _wrong(monkeypatch, **{name: value})
+    assert message.startswith(f"{name} ")
+    assert said in message
+    assert SECRET not in message
+    assert "\n" not in message
+    with pytest.raises(ValidationError) as error:
+        Settings()
+    assert SECRET not in str(error.value)
+
+
+def test_each_wrong_variable_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = _wrong(monkeypatch, TUNERY_LEASE_SECONDS="abc", TUNERY_CURRENCY="euro")
+    assert [line.split()[0] for line in message.splitlines()] == ["TUNERY_CURRENCY", "TUNERY_LEASE_SECONDS"]
+
+
+def test_a_misspelt_variable_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("TUNERY_LEESE_SECONDS", "TUNERY_API_KEY", "TUNERY_API_URL", "TUNERY_OF_A_PLUG_IN"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("TUNERY_LEASE_SECONDS", "300")
+    read_settings()
+    assert caplog.messages == [
+        "TUNERY_LEESE_SECONDS is no setting and has no effect. Did you mean TUNERY_LEASE_SECONDS?"
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("uvicorn", "--factory", "api.main:create_app", "--port", "0"),
+        ("celery", "-A", "worker.app", "worker", "-Q", "io"),
+        ("worker.server",),
+        ("alembic", "current"),
+        ("tunery.cli.main", "projects", "list"),
+        ("tunery.cli.main", "up", "--home", "no/home"),
+    ],
+)
+def test_a_service_or_command_ends_with_status_2_and_a_line_for_each(command: tuple[str, ...]) -> None:
+    environment = {**os.environ, "TUNERY_LEASE_SECONDS": "abc", "TUNERY_EXTERNAL_SECRET": SECRET}
+    ended = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2, ended.stderr
+    lines = sorted(ended.stderr.removeprefix("Error: ").splitlines())
+    assert [line.split()[0] for line in lines] == ["TUNERY_EXTERNAL_SECRET", "TUNERY_LEASE_SECONDS"]
+    assert SECRET not in ended.stdout
