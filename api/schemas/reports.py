@@ -114,6 +114,7 @@ class FileReport(ResponseBody):
     reason: str | None = Field(None, description="Why the file cannot be used for a job")
     format: str | None = None
     shape: str | None = Field(None, description="What the rows are, and what their columns become")
+    are_pairs: bool | None = Field(None, description="Whether the rows are preference pairs, which only `dpo` takes")
     rows: int | None = Field(
         None, description="Rows that were checked: all of them, unless the file has more than 100 MB of text"
     )

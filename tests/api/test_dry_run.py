@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cloned_databases import Database
 from reported import finish, upload
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
-from teams import ALIAS, LINE, Team
+from teams import ALIAS, LINE, TRAIN, Team
 
 from api.schemas.dry_runs import DryRunJob
 from tunery.db import Base
@@ -102,3 +103,29 @@ def test_what_would_fail_says_so(team: Team, base: str, database: Database, tmp_
     assert (plan["tokens"], plan["recompute"]) == (8 * 2048, False)
     assert plan["allocated"] < plan["bytes"] <= 8 * 2**30
     assert tried(technique={"type": "full", "r": 4})["error"]["param"] == "technique.r"
+
+
+PAIRS = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 12
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "said"),
+    [
+        (TRAIN, "dpo", "this is not a preference row"),
+        (PAIRS, "supervised", "this is a preference row"),
+        (b'{"a": "b"}\n' * 12, "supervised", "the key 'messages' is missing"),
+        (PAIRS, "dpo", None),
+    ],
+)
+def test_rows_of_another_method_fail_as_in_the_job(
+    team: Team, base: str, database: Database, tmp_path: Path, rows: bytes, method: str, said: str | None
+) -> None:
+    file_id = upload(team, rows)
+    finish(database, tmp_path, rows)
+    body = {"model": base, "training_file": file_id, "dry_run": True, "method": {"type": method}}
+    tried = team.http.post(ROUTE, json=body).json()
+    if said is None:
+        assert (tried["status"], tried["error"]) == ("validating_files", None)
+    else:
+        assert (tried["status"], tried["error"]["code"]) == ("failed", "invalid_training_file")
+        assert said in tried["error"]["message"]

@@ -15,7 +15,7 @@ from tunery.rows.shapes import can_be_named
 from tunery.spec import Columns, named_columns
 from tunery.storage import Storage
 
-VERSION = 6
+VERSION = 7
 """Version of the reports' content. An older report is made again when it is requested."""
 QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from tunery.datasets import reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.rules import LEAST_EXAMPLES
-from tunery.failures import InvalidNExamples, JobFailure
+from tunery.failures import InvalidNExamples, InvalidTrainingFile, JobFailure
 from tunery.jobs import leases, placing, quoting
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
@@ -21,7 +21,8 @@ from tunery.planning.fitting import CardFit, StepPlan
 from tunery.planning.peak import Estimate
 from tunery.planning.prices import Prices
 from tunery.planning.quote import Quote
-from tunery.spec import Columns, Plan, TrainingSpec
+from tunery.rows import keys
+from tunery.spec import Columns, Dpo, Plan, Supervised, TrainingSpec
 
 _NO_REPORT = (
     "The rows are not counted, as the file has no report by these columns. Request it: `tunery files report {file} "
@@ -74,7 +75,7 @@ def judge(session: Session, job: Job, prices: Prices, rate_of: RateOf = no_rate)
 
 
 def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
-    """Adds the job's plan and what follows from it. Raises DoesNotFit, InvalidNExamples."""
+    """Adds the job's plan and what follows from it. Raises DoesNotFit, InvalidNExamples, InvalidTrainingFile."""
     spec = TrainingSpec.model_validate(found.job.spec)
     base, devices = session.get_one(Model, found.job.base_model), leases.devices(session)
     model_info = base.model_info
@@ -88,6 +89,8 @@ def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
     gpu_bytes, cpu_bytes = (
         placing.need(plan, model_info, device, longest=placing.ANY_ROW).bytes for device in ("cuda", "cpu")
     )
+    if summary is not None and (reason := _refusal(spec, summary)) is not None:
+        raise InvalidTrainingFile(param="training_file", role="training", reason=reason)
     if summary is not None and examples is not None:
         if examples < LEAST_EXAMPLES:
             raise InvalidNExamples(param="training_file", role="Training", n=examples, least=LEAST_EXAMPLES)
@@ -98,6 +101,16 @@ def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
         found.warnings += capacity.warnings(model_info, plan.technique, tokens)
     found.warnings += placing.border_warnings(plan, model_info, devices)
     found.warnings += placing.warnings(devices, gpus=plan.resources.gpus, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+
+
+def _refusal(spec: TrainingSpec, summary: Mapping[str, Any]) -> str | None:
+    """Returns why the job's method cannot learn from the rows that the report describes; None if it can."""
+    if summary.get("reason") is not None:
+        return str(summary["reason"])
+    are_pairs = summary.get("are_pairs")
+    if isinstance(spec.method, Dpo) and are_pairs is False:
+        return keys.NO_PREFERENCE
+    return keys.PREFERENCE if isinstance(spec.method, Supervised) and are_pairs else None
 
 
 def _of_rows(plan: Plan, model_info: Mapping[str, Any], summary: Mapping[str, Any], *, asked_length: int) -> list[str]:

@@ -11,6 +11,7 @@ from tunery.rows.encoding import CHATS_OR_PAIRS, ENCODERS, RowEncoder, encode_an
 from tunery.rows.errors import InvalidRows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole
+from tunery.rows.pairs import PairShape
 
 _ANY_LENGTH = 2**20
 
@@ -18,13 +19,15 @@ _ANY_LENGTH = 2**20
 @dataclass(frozen=True)
 class Verdict:
     """`format`: what the bytes are; `shape`: what the rows are. `reason`: why no job can take the file, or None.
-    `warnings`: what its owner should know anyway."""
+    `warnings`: what its owner should know anyway. `are_pairs`: whether the rows are preference pairs, which `dpo` alone
+    learns from; None if no job can take the file."""
 
     format: str
     shape: str | None
     examples: int
     reason: str | None
     warnings: tuple[str, ...] = ()
+    are_pairs: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the verdict for JSON."""
@@ -54,7 +57,8 @@ def judge(
     described = found.shape.describe()
     # The first warning would say the same.
     warnings = found.warnings(_ANY_LENGTH)[described is not None :]
-    return Verdict(kind, described or f"{found.shape.name} rows", found.examples, None, tuple(warnings))
+    are_pairs = isinstance(found.shape.shape, PairShape)
+    return Verdict(kind, described or f"{found.shape.name} rows", found.examples, None, tuple(warnings), are_pairs)
 
 
 def _parse(source: SourceRow, role: FileRole) -> Example:
