@@ -126,19 +126,23 @@ def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
 def _handle(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 405:
         error.headers = {"Allow": ", ".join(_allowed(request))}
+    url, with_v1 = request.url.path, f"/v1{request.url.path}"
+    if isinstance(error, HTTPException) and error.status_code == 404 and _exists(request, request.method, with_v1):
+        error = request_errors.RouteNotFound(what=f"Invalid URL ({request.method} {url}). Did you mean {with_v1}?")
     request_id = request.scope.get("state", {}).get("request_id", "-")
     return answer(error, request_id=request_id, route=f"{request.method} {request.url.path}")
 
 
 def _allowed(request: Request) -> list[str]:
     """Returns the methods of all routes at the request's path: the framework tells those of the first route only."""
-    place = {name: request.scope[name] for name in ("type", "path", "root_path")}
-    routes = request.app.routes
-    return [
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        if any(route.matches({**place, "method": method})[0] is Match.FULL for route in routes)
-    ]
+    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+    return [method for method in methods if _exists(request, method, request.scope["path"])]
+
+
+def _exists(request: Request, method: str, path: str) -> bool:
+    """Returns whether the application has a route with this method at this path."""
+    place = {"type": "http", "root_path": request.scope["root_path"], "path": path, "method": method}
+    return any(route.matches(place)[0] is Match.FULL for route in request.app.routes)
 
 
 def install(app: FastAPI) -> None:

@@ -18,6 +18,7 @@ class Health(ResponseBody):
     status: Literal["ok"] = "ok"
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get(
     "/healthz",
     summary="Check the service",

@@ -43,6 +43,7 @@ def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[
     ]
 
 
+@router.head("", include_in_schema=False)
 @router.get("", summary="List models", responses=errors())
 def list_models(
     session: SessionDep,

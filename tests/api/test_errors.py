@@ -244,10 +244,31 @@ def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> No
     assert (error["code"], answer.headers["allow"]) == ("method_not_allowed", "GET, POST")
     assert error["message"] == "Invalid method for URL (PUT /v1/files). Use GET, POST."
     assert team.http.patch("/v1/webhook_endpoints/we_x").headers["allow"] == "GET, POST, DELETE"
-    assert team.http.delete("/openapi.json").headers["allow"] == "GET"
+    assert team.http.delete("/openapi.json").headers["allow"] == "GET, HEAD"
     assert _error(anonymous.get("/v1/files"), 401)["code"] == "invalid_api_key"
     assert anonymous.get("/v1/files").headers["www-authenticate"] == "Bearer"
     _error(anonymous.get("/docs/../secret.js"), 404)
+
+
+def test_a_path_without_v1_is_corrected(team: Team, anonymous: TestClient) -> None:
+    for url in ("/models", "/fine_tuning/jobs/ftjob-x"):
+        assert f"Did you mean /v1{url}?" in _error(anonymous.get(url), 404)["message"]
+    for wrong in (team.http.get("/modelz"), team.http.put("/models")):
+        assert "Did you mean" not in _error(wrong, 404)["message"]
+
+
+def test_a_load_balancer_may_send_head(team: Team, anonymous: TestClient) -> None:
+    for answer in (anonymous.head("/healthz"), team.http.head("/v1/models")):
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert anonymous.head("/v1/models").status_code == 401
+    assert team.http.post("/healthz").headers["allow"] == "GET, HEAD"
+    assert "head" not in team.http.get("/openapi.json").json()["paths"]["/healthz"]
+
+
+def test_the_error_about_an_unknown_model_names_both_ways_to_add_one(team: Team) -> None:
+    message = _error(team.http.get("/v1/models/gpt-4o-mini-2024-07-18"), 404)["message"]
+    assert "`tunery models add`" in message
+    assert "`tunery models alias NAME MODEL`" in message
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])

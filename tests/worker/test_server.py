@@ -410,6 +410,9 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_client(
 
 def _health(port: int) -> dict[str, Any]:
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request("HEAD", "/healthz")  # as load balancers do
+        assert (answer := connection.getresponse()).status == 200
+        assert answer.read() == b""
         connection.request("GET", "/healthz")
         found: dict[str, Any] = json.loads(connection.getresponse().read())
     return found

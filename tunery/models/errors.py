@@ -5,7 +5,8 @@ from tunery.errors import NotFound
 
 class ModelNotFound(NotFound):
     """The model '{id}' does not exist or this project has no access to it.{suggestion} `GET /v1/models` lists the
-    available models; an administrator adds a base with `tunery models add`."""
+    available models. An administrator adds a base with `tunery models add`, or makes this name an alias of one with
+    `tunery models alias NAME MODEL`."""
 
     code = "model_not_found"
 

@@ -62,7 +62,7 @@ def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, devi
 
     app = FastAPI(title="Tunery's model server", lifespan=lifespan, openapi_url=None)
     app.state.queue, app.state.device_name = queue, device_name or backend.device
-    app.add_api_route("/healthz", _healthz, methods=["GET"])
+    app.add_api_route("/healthz", _healthz, methods=["GET", "HEAD"])
     app.add_api_route("/v1/rates", _rates, methods=["GET"])
     app.add_api_route("/v1/chat/completions", _complete, methods=["POST"], response_model=None)
     app.add_api_route(LOAD_ROUTE, _load, methods=["POST"], status_code=202)
