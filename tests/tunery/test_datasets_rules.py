@@ -62,7 +62,14 @@ def test_the_lines_of_further_faults_are_named() -> None:
     with pytest.raises(InvalidTrainingFile) as caught:
         check_examples([row(), b'{"messages": []}\n'] * 9)
     assert "Example 2 'messages'" in caught.value.message
-    assert caught.value.message.endswith("More rows are invalid: lines 4, 6, 8, 10, 12 and 3 more.")
+    assert caught.value.message.endswith("More rows are invalid: examples 4, 6, 8, 10, 12 and 3 more.")
+
+
+def test_further_faults_of_a_table_are_numbered_as_the_first() -> None:
+    with pytest.raises(InvalidTrainingFile) as caught:
+        check_examples([b"Frage,Antwort\n" + b"q,a\n" * 3])
+    assert "Example 1 (line 2): " in caught.value.message
+    assert caught.value.message.endswith("More rows are invalid: examples 2, 3.")
 
     with pytest.raises(InvalidTrainingFile, match=r"and 94 more; later rows were not read\.$"):
         check_examples([b'{"messages": []}\n'] * 1000)
@@ -192,7 +199,7 @@ def test_unknown_keys_are_named_once_a_file() -> None:
 def test_a_key_that_changes_the_meaning_is_named_with_its_lines(key: str) -> None:
     rows = [row(), row(**{key: None}), row(**{key: False if key == "label" else ["x"]}), row(**{key: "y"})]
 
-    with pytest.raises(InvalidTrainingFile, match=rf"Example 3 has the key '{key}', which .* invalid: line 4\.$"):
+    with pytest.raises(InvalidTrainingFile, match=rf"Example 3 has the key '{key}', which .* invalid: example 4\.$"):
         check_examples(rows, least=1)
 
 

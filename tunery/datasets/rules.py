@@ -247,20 +247,25 @@ def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
 
 
 def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
-    """Returns the first fault in full, with the lines of the others, so that the owner can correct all."""
+    """Returns the first fault in full, with the numbers of the others as that one names its own, so that the owner can
+    correct all."""
     first, *others = faults
     reason = faults[first].fields["reason"]
     if others:
         reason += (
             " More rows are invalid: "
-            f"{_lines(others)}{'; later rows were not read' if len(faults) == _MOST_FAULTS else ''}."
+            f"{_numbered('example', others)}{'; later rows were not read' if len(faults) == _MOST_FAULTS else ''}."
         )
     return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
 
 
 def _lines(numbers: list[int]) -> str:
+    return _numbered("line", numbers)
+
+
+def _numbered(what: str, numbers: list[int]) -> str:
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
 
 
 def _names(keys: list[str]) -> str:
