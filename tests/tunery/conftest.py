@@ -19,6 +19,7 @@ def tunery(
 ) -> Run:
     """Runs a command in an empty folder, without a key: `tunery("files", "list")` -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")  # where lines of errors break would depend on the length of tmp_path
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
