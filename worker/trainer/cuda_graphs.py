@@ -62,7 +62,7 @@ class CudaGraphs:
         if batch.input_ids.numel() > RECORDED_TOKENS:
             return forward_backward(self._objective, batch, SCALE)
         key = _shape(batch)
-        if self._is_warm(key, batch):
+        if self._is_warm(key):
             self._record(key, batch)
         self._seen.add(key)
         if key not in self._recorded:
@@ -87,7 +87,7 @@ class CudaGraphs:
         for key in sorted(chosen, key=lambda key: examples[key].input_ids.numel(), reverse=True):
             if self.failed:
                 return
-            if not self._is_warm(key, examples[key]):
+            if not self._is_warm(key):
                 forward_backward(self._objective, examples[key], SCALE)
                 self._seen.add(key)
             self._record(key, examples[key])
@@ -102,11 +102,11 @@ class CudaGraphs:
         """How many passes have been recorded."""
         return len(self._recorded)
 
-    def _is_warm(self, key: tuple[object, ...], batch: Batch) -> bool:
+    def _is_warm(self, key: tuple[object, ...]) -> bool:
         """Whether batches of this shape can be captured: not before their kernels have been loaded."""
         if key in self._seen or self.failed:
             return not self.failed
-        return not self._each_warms_up and _is_concatenated(batch) and any(map(_has_ends, self._recorded))
+        return not self._each_warms_up and _has_ends(key) and any(map(_has_ends, self._recorded))
 
     def _record(self, key: tuple[object, ...], batch: Batch) -> None:
         """Captures a pass over batches of this shape without running it. If that fails, nothing more is captured, or,
@@ -170,10 +170,6 @@ def _shape(batch: Batch) -> tuple[object, ...]:
     ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
     longest = None if batch.borders is None else batch.borders.longest
     return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest
-
-
-def _is_concatenated(batch: Batch) -> bool:
-    return batch.borders is not None and batch.borders.ends is not None
 
 
 def _has_ends(key: tuple[object, ...]) -> bool:
