@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import CONFIGS
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tunery.spec import Lora
 from worker.trainer import paths
@@ -14,17 +15,6 @@ from worker.trainer.kernels import decoder, projections
 from worker.trainer.kernels.recomputation import Recomputation, is_running
 from worker.trainer.loading import RECIPES
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8,
-}  # fmt: skip
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-CONFIGS = {
-    "llama": LlamaConfig(**_SIZES),
-    "qwen3": Qwen3Config(**_SIZES),
-    "qwen3_moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS),
-    "gemma3": Gemma3TextConfig(**_SIZES),
-}
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
@@ -184,7 +174,10 @@ def test_inputs_in_the_hosts_memory_come_back(adapted: bool) -> None:
 
 @pytest.mark.gpu
 def test_offloading_frees_the_inputs() -> None:
-    config = LlamaConfig(**_SIZES | {"hidden_size": 512, "head_dim": 128, "num_hidden_layers": 12})
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=128,
+    )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().train()
     decoder.install(model)
     ids = torch.randint(4, 60, (8, 1024), device="cuda")
