@@ -13,6 +13,12 @@ from tunery.errors import InvalidValue, Unsupported
 
 Auto = Literal["auto"]
 MAX_RANK = 512
+LEARNING_RATES = (1e-12, 1.0)
+"""The least and the highest learning rate of a request, both far beyond anything sensible.
+
+AdamW moves a weight by at most about the learning rate in a step (Kingma & Ba 2015, arXiv:1412.6980, section 2.1). The
+weights of a trained base are far smaller than 1: a step of 1 destroys them, and one of 1e-12 is lost in their rounding.
+"""
 
 
 def _refuse_booleans(value: Any) -> Any:
@@ -461,7 +467,9 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1), NO_BOOLEAN]
 
 
-class RequestedOptions(TrainingOptions[Technique | None, Annotated[float, Field(gt=0, le=1), NO_BOOLEAN] | None]):
+class RequestedOptions(
+    TrainingOptions[Technique | None, Annotated[float, Field(gt=0, le=LEARNING_RATES[1]), NO_BOOLEAN] | None]
+):
     """The options of a request, which may leave technique and learning rate to the server."""
 
 

@@ -101,6 +101,21 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "seed": True}, "seed", "a number, not true or false"),
     ({**JOB, "priority": False}, "priority", "a number, not true or false"),
     ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
+    ({**JOB, "learning_rate": 50}, "learning_rate", "(50): should be at most 1."),
+    ({**JOB, "learning_rate": 1e-13}, "learning_rate", "(1e-13): should be at least 1e-12."),
+    ({**JOB, "max_grad_norm": 1e-7}, "max_grad_norm", "(1e-07): should be at least 1e-06."),
+    ({**JOB, "evaluation": {"every_steps": 10**10}}, "evaluation.every_steps", "should be at most 1000000000."),
+    ({**JOB, "evaluation": {"max_rows": 10**10}}, "evaluation.max_rows", "should be at most 1000000000."),
+    (
+        {**JOB, "evaluation": {"general": {"items": 10**400}}},
+        "evaluation.general.items",
+        "should be at most 1000000000.",
+    ),
+    (
+        {**JOB, "evaluation": {"general": {"prompts": 10**400}}},
+        "evaluation.general.prompts",
+        "should be at most 1000000000.",
+    ),
 ]
 
 

@@ -42,7 +42,7 @@ def test_plan_leaves_nothing_open(decided: str) -> None:
     complete = {
         "seed": 1,
         "technique": {"type": "lora"},
-        "learning_rate": 1.5,  # a multiplier may raise the rate above a request's bound
+        "learning_rate": 1.5,  # in older releases a multiplier could raise the rate above a request's bound
         "n_epochs": 1,
         "batch_size": 1,
         "learning_rate_multiplier": 1000,

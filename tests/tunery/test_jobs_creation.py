@@ -102,6 +102,62 @@ def test_contradictions_are_refused(
     assert session.scalars(select(Job)).all() == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 1e9}},
+            "hyperparameters.learning_rate_multiplier",
+            "(1e+09): the learning rate would be 7.3e+06, and should be at most 1. Lower it: the default of lora on "
+            "this model is 0.0073, and multipliers are usually 0.2 to 2.",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"learning_rate_multiplier": 5000}}}},
+            "method.dpo.hyperparameters.learning_rate_multiplier",
+            "(5000): the learning rate would be 1.2, and should be at most 1. Lower it: the default of lora on this "
+            "model is 0.00024",
+        ),
+        (
+            {
+                "technique": {"type": "full"},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate_multiplier": 1e-9}}},
+            },
+            "method.supervised.hyperparameters.learning_rate_multiplier",
+            "(1e-09): the learning rate would be 7.3e-13, and should be at least 1e-12. Raise it: the default of full",
+        ),
+    ],
+)
+def test_multiplier_leads_to_a_possible_learning_rate(
+    session: Session, caller: Caller, names: dict[str, str], fields: dict[str, Any], param: str, words: str
+) -> None:
+    with pytest.raises(InvalidValue) as refused:
+        creation.create(session, caller, JobRequest.model_validate(names | fields))
+    assert refused.value.param == param
+    assert words in refused.value.message
+
+
+def test_large_multiplier_with_a_possible_learning_rate_is_accepted(
+    session: Session, caller: Caller, names: dict[str, str]
+) -> None:
+    knobs = {"learning_rate_multiplier": 100}
+    job = creation.create(session, caller, JobRequest.model_validate({**names, "hyperparameters": knobs}))
+    assert job.spec["hyperparameters"]["learning_rate_multiplier"] == 100
+
+
+def test_job_that_is_beyond_a_requests_bounds_is_still_read(
+    session: Session, caller: Caller, names: dict[str, str]
+) -> None:
+    """Older releases accepted it."""
+    job = creation.create(session, caller, JobRequest.model_validate({**names, "seed": 1}))
+    beyond = {"max_grad_norm": 1e-9, "hyperparameters": {"learning_rate_multiplier": 1e9}}
+    job.spec = {**job.spec, **beyond, "evaluation": {"every_steps": 10**10, "general": {"items": 10**10}}}
+
+    echo = jobs.of(job, organization="tunery", warnings=[], waits_for=None)
+
+    assert (echo.max_grad_norm, echo.hyperparameters.learning_rate_multiplier) == (1e-9, 1e9)
+    assert (echo.evaluation.every_steps, echo.evaluation.general.items) == (10**10, 10**10)
+
+
 def test_contradictions_come_before_names_that_lead_nowhere(session: Session, caller: Caller) -> None:
     nowhere = {"model": "nowhere", "training_file": "nowhere"}
     twice = {"learning_rate": 1e-4, "hyperparameters": {"learning_rate_multiplier": 2}}

@@ -62,6 +62,16 @@ ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_ro
         ({}, "cuda", {"item_tokens": 800 * 46, "prompt_tokens": 100 * 106}),
         ({}, "cpu", {"item_tokens": 100 * 46, "prompt_tokens": 20 * 106}),
         ({"evaluation": {"general": {"items": 10, "prompts": 0}}}, "cpu", {"item_tokens": 460, "prompt_tokens": 0}),
+        (
+            {"evaluation": {"general": {"items": 10**9, "prompts": 10**9}}},
+            "cpu",
+            {"item_tokens": 800 * 46, "prompt_tokens": 100 * 106},  # there are no more
+        ),
+        (
+            {"evaluation": {"general": {"items": 1500, "benchmark": "lm_eval:hellaswag"}}},
+            "cpu",
+            {"item_tokens": 1500 * 46},
+        ),
         ({"evaluation": {"general": {"enabled": False}}}, "cpu", {"item_tokens": 0, "prompt_tokens": 0}),
         ({"keep_checkpoints": 0}, "cuda", {"checkpoints": 0}),
         ({"replay": {"share": 0.5}}, "cuda", {"tokens": 6000, "answers": 12, "replay_answers": 12}),  # 10 of 12 end

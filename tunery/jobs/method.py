@@ -32,6 +32,13 @@ def read(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     return options, inner or request.hyperparameters or Hyperparameters()
 
 
+def place(request: JobRequest, hyperparameter: str) -> str:
+    """Returns the dotted path at which the request has a hyperparameter."""
+    method = request.method
+    folder = "" if method is None or method.given.get(method.type) is None else f"method.{method.type}."
+    return f"{folder}hyperparameters.{hyperparameter}"
+
+
 def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOptions, Hyperparameters | None]:
     """Returns the options; and the shared hyperparameters, if the request has an object of the method's name."""
     given = method.given.get(method.type)

@@ -1,11 +1,13 @@
 """The request for a job, from the API or from another part of the service."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from tunery.spec import (
+    LEARNING_RATES,
     METHODS,
     CutAnswers,
     DpoKnobs,
@@ -110,6 +112,12 @@ class OpenAIRequest(Part):
     integrations: list[Integration] | None = Field(None, max_length=5)
 
 
+_LEAST_NORM = 1e-6
+"""A gradient clipped to it has entries far below AdamW's epsilon (1e-8), so that nothing is learned."""
+_MOST = 10**9
+"""More rows, steps or questions than any run has."""
+
+
 class JobRequest(RequestedOptions, OpenAIRequest):
     """A request for a fine-tune; `creation.create` makes a job of it."""
 
@@ -122,3 +130,34 @@ class JobRequest(RequestedOptions, OpenAIRequest):
         description="Accept a test file that equals the training file, so that the scorecard measures only "
         "memorisation",
     )
+
+    # Not bounds of the fields, which stored specs have too: jobs of older releases may be beyond them.
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Self:
+        faults = list(_beyond(self))
+        if faults:
+            raise ValidationError.from_exception_data("JobRequest", faults)
+        return self
+
+
+def _beyond(request: JobRequest) -> Iterator[InitErrorDetails]:
+    """Yields the error for each setting with which no run could do anything sensible."""
+    rate, norm = request.learning_rate, request.max_grad_norm
+    if rate is not None and rate < LEARNING_RATES[0]:
+        yield _too_small(rate, LEARNING_RATES[0], "learning_rate")
+    if norm < _LEAST_NORM:
+        yield _too_small(norm, _LEAST_NORM, "max_grad_norm")
+    evaluation = request.evaluation
+    counts = {
+        ("evaluation", "every_steps"): evaluation.every_steps,
+        ("evaluation", "max_rows"): evaluation.max_rows,
+        ("evaluation", "general", "items"): evaluation.general.items,
+        ("evaluation", "general", "prompts"): evaluation.general.prompts,
+    }
+    for place, count in counts.items():
+        if count != "auto" and count > _MOST:
+            yield InitErrorDetails(type="less_than_equal", loc=place, input=count, ctx={"le": _MOST})
+
+
+def _too_small(value: float, least: float, name: str) -> InitErrorDetails:
+    return InitErrorDetails(type="greater_than_equal", loc=(name,), input=value, ctx={"ge": least})

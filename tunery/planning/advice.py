@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunery.errors import InvalidValue
-from tunery.spec import Evaluation, Full, Lora, Plan, Qlora, Technique, TrainingSpec
+from tunery.spec import LEARNING_RATES, Evaluation, Full, Lora, Plan, Qlora, Technique, TrainingSpec
 
 BATCH_SIZE = 8
 _EPOCHS = 3
@@ -100,6 +100,24 @@ def resolve(
         learning_rate=rate,
         learning_rate_multiplier=multiplier if spec.learning_rate is None else rate / default_rate,
     )
+
+
+def check_rate(spec: TrainingSpec, model_info: Mapping[str, Any], *, param: str) -> None:
+    """Raises InvalidValue for a multiplier, the request's field `param`, that leads to an impossible learning rate."""
+    multiplier = spec.hyperparameters.learning_rate_multiplier
+    technique = spec.technique or Lora()  # the default rate of QLoRA is the same
+    if multiplier == "auto":
+        return
+    default = default_learning_rate(model_info["hidden_size"], technique) * spec.method.rate_share
+    (least, most), rate = LEARNING_RATES, default * multiplier
+    if not least <= rate <= most:
+        wanted, change = (f"at least {least:g}", "Raise") if rate < least else (f"at most {most:g}", "Lower")
+        raise InvalidValue(
+            param=param,
+            reason=f"Invalid value for '{param}' ({multiplier:g}): the learning rate would be {rate:.2g}, and should "
+            f"be {wanted}. {change} it: the default of {technique.type} on this model is {default:.2g}, and "
+            f"multipliers are usually {_BAND[0]:g} to {_BAND[1]:g}.",
+        )
 
 
 def check_technique(technique: Technique | None, model_info: Mapping[str, Any]) -> None:

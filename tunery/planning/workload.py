@@ -148,7 +148,9 @@ def _general(plan: Plan, device: str) -> dict[str, int]:
     if not general.enabled:
         return {}
     items = ITEMS[device] if general.items == "auto" else general.items
-    prompts = PROMPTS[device] if general.prompts == "auto" else general.prompts
+    if general.benchmark == "default":
+        items = min(items, ITEMS["cuda"])  # all that are shipped
+    prompts = PROMPTS[device] if general.prompts == "auto" else min(general.prompts, PROMPTS["cuda"])
     return {"item_tokens": items * TOKENS_AN_ITEM, "prompt_tokens": prompts * TOKENS_A_PROMPT}
 
 
