@@ -58,8 +58,10 @@ def explain(faults: Sequence[Fault], body: Any, known: type[BaseModel] | None = 
     `known`, the request's class, is suggested.
     """
     faults = faults[:_EXPLAINED]
-    path = _path(faults[0], body)
-    same = [fault for fault in faults if _path(fault, body) == path]
+    paths = [_path(fault, body) for fault in faults]
+    # A value that is of one of several types, but with a fault inside, has the faults of the other types too.
+    path = next((path for path in paths if path.startswith(f"{paths[0]}.")), paths[0])
+    same = [fault for fault, its in zip(faults, paths, strict=True) if its == path]
     return InvalidValue(param=path or None, reason=_reason(same, path, body, known))
 
 

@@ -1,7 +1,10 @@
 """Words for what a validator requires, used in errors about requests and about rows."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import AfterValidator, WithJsonSchema
 
 KINDS: Mapping[str, str] = {
     "string_type": "a string",
@@ -38,3 +41,17 @@ def wanted(kind: str, context: Mapping[str, Any]) -> str | None:
 def bound(value: Any) -> str:
     """Formats a limit, whole ones without a fraction: pydantic gives 1.0 for a float field."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def formed(pattern: str, form: str) -> tuple[AfterValidator, WithJsonSchema]:
+    """Returns the annotations of a string that matches the whole `pattern`; `form` says what it should be in words.
+
+    Why not `Field(pattern=...)`: its error would show the pattern, from which most users cannot tell what to write.
+    """
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"should be {form}")
+        return text
+
+    return AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^({pattern})$"})

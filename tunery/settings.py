@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tunery import setting_errors
 from tunery.errors import WrongSettings
+from tunery.field_reasons import formed
 from tunery.plugins import split
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ class Settings(BaseSettings):
     )
     s3_public_endpoint_url: str | None = Field(None, description="The same server's URL for users (presigned URLs)")
 
-    organization: str = Field(
-        "tunery", pattern=r"^[a-z0-9-]{1,32}$", description="Third part of the names of tuned models (`ft:`)"
+    organization: Annotated[str, *formed(r"[a-z0-9-]{1,32}", "1 to 32 lower-case letters, digits and hyphens")] = Field(
+        "tunery", description="Third part of the names of tuned models (`ft:`)"
     )
     models_dir: Path = Field(
         Path("/var/lib/tunery/models"), description="Folder of this host's base models, one subfolder per manifest"
@@ -147,8 +148,8 @@ class Settings(BaseSettings):
     gpu_hour_prices: Annotated[dict[str, Annotated[float, Field(ge=0)]], NoDecode, BeforeValidator(_object)] = Field(
         {}, description='JSON object of the price per hour of one device, by card, as in {"H200": 4.5, "CPU": 0.1}'
     )
-    currency: str = Field(
-        "USD", pattern=r"^[A-Z]{3}$", description="Currency of the prices; the built-in ones are in US dollars"
+    currency: Annotated[str, *formed("[A-Z]{3}", "three capital letters, as in EUR")] = Field(
+        "USD", description="Currency of the prices; the built-in ones are in US dollars"
     )
 
     file_reports: bool = Field(True, description="Whether I/O workers make a report on every training file")

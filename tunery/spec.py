@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from tunery.errors import InvalidValue, Unsupported
+from tunery.field_reasons import formed
 
 Auto = Literal["auto"]
 MAX_RANK = 512
@@ -32,6 +33,14 @@ NO_BOOLEAN = BeforeValidator(_refuse_booleans)
 what they mean. In an `Annotated` it stands behind the bounds, or the schema would not show them."""
 Int = Annotated[int, NO_BOOLEAN]
 Float = Annotated[float, NO_BOOLEAN]
+
+
+ModuleName = Annotated[
+    str,
+    *formed(
+        r"[\w.]+", "the name of a layer, of letters, digits, '_' and '.', such as 'q_proj'; patterns are not supported"
+    ),
+]
 
 
 class Part(BaseModel):
@@ -58,7 +67,7 @@ class Lora(Part):
     r: Int = Field(16, ge=1, le=MAX_RANK, description="Rank of the low-rank update")
     alpha: Float = Field(32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / r")
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
-    target_modules: Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(
+    target_modules: Literal["all-linear"] | list[ModuleName] = Field(
         "all-linear", description="Names of the linear layers to adapt; all-linear: all but the head"
     )
     use_rslora: bool = Field(
@@ -73,7 +82,7 @@ class Lora(Part):
         le=256,
         description="LoRA+: ratio of the learning rate of B to that of A (Hayou et al. 2024, arXiv:2402.12354)",
     )
-    modules_to_save: list[Annotated[str, Field(pattern=r"^[\w.]+$")]] | None = Field(
+    modules_to_save: list[ModuleName] | None = Field(
         None, min_length=1, description="Modules that are trained and saved in full, such as lm_head"
     )
     trainable_token_indices: list[Annotated[int, Field(ge=0), NO_BOOLEAN]] | None = Field(
@@ -230,14 +239,20 @@ class EarlyStopping(Part):
     )
 
 
+_BENCHMARK = formed(
+    r"default|lm_eval:[\w.-]+",
+    "'default', the built-in questions (of ARC-Easy, PIQA and OpenBookQA), or a multiple-choice task of "
+    "lm-evaluation-harness as 'lm_eval:NAME', such as 'lm_eval:hellaswag'",
+)
+
+
 class General(Part):
     """What is measured besides the task, of base and tuned model: multiple-choice questions, and the KL of the tuned
     model to its base on prompts with human answers. Both ship with Tunery."""
 
     enabled: bool = Field(True, description="false: score only the test file")
-    benchmark: str = Field(
+    benchmark: Annotated[str, *_BENCHMARK] = Field(
         "default",
-        pattern=r"^(default|lm_eval:[\w.-]+)$",
         description="The built-in questions, or a multiple-choice task of lm-evaluation-harness as `lm_eval:NAME`",
     )
     items: Annotated[int, Field(ge=1), NO_BOOLEAN] | Auto = Field(
@@ -296,13 +311,19 @@ class Gate(Part):
 GgufType = Literal["f16", "q8_0", "q4_0", "q4_1"]
 
 
+_REPLAY_SOURCE = formed(
+    r"self|file-[\w-]+",
+    "'self', the built-in prompts answered by the base itself, or the id of a file of general rows, such as "
+    "'file-abc123'",
+)
+
+
 class Replay(Part):
     """General rows mixed into training, so that the model keeps what it could do before."""
 
     share: Float = Field(0.1, gt=0, le=0.5, description="Fraction of an epoch's rows that are replay rows")
-    source: str = Field(
+    source: Annotated[str, *_REPLAY_SOURCE] = Field(
         "self",
-        pattern=r"^(self|file-[\w-]+)$",
         description="self: the built-in prompts, answered by the base itself; or the id of a file of general rows",
     )
     max_new_tokens: Int = Field(

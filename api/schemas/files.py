@@ -1,12 +1,13 @@
 """Files and Uploads, as the API spells them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from api.schemas.base import Body, Deleted, ResponseBody, maybe_seconds, seconds
 from api.schemas.reports import STATE, ReportState
 from tunery.datasets import model
+from tunery.field_reasons import formed
 from tunery.rows.preview_model import Preview
 from tunery.spec import Int
 
@@ -106,7 +107,9 @@ class CompleteUpload(Body):
     )
 
     part_ids: list[str] = Field(min_length=1, description="All parts, in the order of the file")
-    md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$", description="MD5 of the whole file, in hexadecimal")
+    md5: Annotated[str, *formed("[0-9a-fA-F]{32}", "an MD5 of 32 hexadecimal digits")] | None = Field(
+        None, description="MD5 of the whole file, in hexadecimal"
+    )
 
 
 class Upload(ResponseBody):

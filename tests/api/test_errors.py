@@ -18,6 +18,7 @@ from api.dependencies import SessionDep
 from api.schemas.base import Body
 from tunery import errors as floor
 from tunery import field_errors
+from tunery.settings import Settings
 
 JOB = {"model": BASE, "training_file": "file-x"}
 
@@ -101,6 +102,28 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "seed": True}, "seed", "a number, not true or false"),
     ({**JOB, "priority": False}, "priority", "a number, not true or false"),
     ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
+    (
+        {**JOB, "evaluation": {"general": {"benchmark": "mmlu"}}},
+        "evaluation.general.benchmark",
+        "('mmlu'): should be 'default', the built-in questions (of ARC-Easy, PIQA and OpenBookQA), or a "
+        "multiple-choice task of lm-evaluation-harness as 'lm_eval:NAME', such as 'lm_eval:hellaswag'.",
+    ),
+    (
+        {**JOB, "replay": {"source": "mine.jsonl"}},
+        "replay.source",
+        "('mine.jsonl'): should be 'self', the built-in prompts answered by the base itself, or the id of a file",
+    ),
+    (
+        {**JOB, "technique": {"type": "lora", "target_modules": ["q_proj", ".*mlp.*"]}},
+        "technique.target_modules.1",
+        "('.*mlp.*'): should be the name of a layer, of letters, digits, '_' and '.', such as 'q_proj'; patterns are "
+        "not supported.",
+    ),
+    (
+        {**JOB, "technique": {"type": "lora", "modules_to_save": ["lm_head\n"]}},
+        "technique.modules_to_save.0",
+        "a layer",
+    ),
     ({**JOB, "learning_rate": 50}, "learning_rate", "(50): should be at most 1."),
     ({**JOB, "learning_rate": 1e-13}, "learning_rate", "(1e-13): should be at least 1e-12."),
     ({**JOB, "max_grad_norm": 1e-7}, "max_grad_norm", "(1e-07): should be at least 1e-06."),
@@ -174,6 +197,17 @@ def test_no_reason_is_in_words_of_pydantic(app: FastAPI) -> None:
     assert {kind for kind, (ours, theirs) in said.items() if "nput" in ours or ours.endswith(theirs)} - {
         "value_error"
     } == set()
+
+
+def test_no_reason_is_a_pattern(app: FastAPI) -> None:
+    """A string's form is said in words: `formed` in tunery/field_reasons.py."""
+    models: set[type[BaseModel]] = {Settings}
+    for body in _bodies(Body):
+        _parts(body, models)
+    shown = [
+        model for model in models if re.search("'type': 'str',[^{}]*'pattern'", str(model.__pydantic_core_schema__))
+    ]
+    assert shown == []
 
 
 def _post(client: TestClient, route: str, body: bytes, kind: str = "application/json") -> httpx2.Response:

@@ -58,7 +58,7 @@ def test_what_complete_refuses(team: Team) -> None:
     _refused(_complete(team, upload, parts[0], "part_none"), "part_ids", "no part 'part_none'")
     _refused(_complete(team, upload, parts[0], parts[0]), "part_ids", "named twice")
     _refused(_complete(team, upload, *parts, md5="0" * 32), "md5", "have the md5")
-    _refused(_complete(team, upload, *parts, md5="xyz"), "md5", "pattern")
+    _refused(_complete(team, upload, *parts, md5="xyz"), "md5", "should be an MD5 of 32 hexadecimal digits.")
     assert _complete(team, upload, *parts).status_code == 200
     _refused(_add(team, upload, b"x"), None, "is completed")
 

@@ -53,6 +53,8 @@ def test_a_lease_outlasts_three_renewals(monkeypatch: pytest.MonkeyPatch) -> Non
         ("TUNERY_FILE_REPORTS", "perhaps", "should be true or false."),
         ("TUNERY_EXTERNAL_SECRET", SECRET, "should have at least 16 characters."),
         ("TUNERY_SERVE_GPU", "-1", "should be at least 0."),
+        ("TUNERY_ORGANIZATION", "My Firm", "should be 1 to 32 lower-case letters, digits and hyphens."),
+        ("TUNERY_CURRENCY", "euro", "should be three capital letters, as in EUR."),
     ],
 )
 def test_a_wrong_value_is_one_line_without_the_value(
