@@ -78,8 +78,8 @@ def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Jo
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.model_info)
     spec = _spec(session, request, model, method=chosen, hyperparameters=hyperparameters)
-    advice.check_technique(spec.technique, model.model_info)
     advice.check_rate(spec, model.model_info, param=method.place(request, "learning_rate_multiplier"))
+    advice.check_technique(spec.technique, model.model_info)
     servable.check(spec.technique, model.model_info, limits)
     files = {param: _check_file(session, caller.project_id, param, name) for param, name in _files(request).items()}
     _check_held_out(session, request)
