@@ -205,6 +205,25 @@ def test_what_cannot_be_a_base_is_refused_with_the_reason(
     assert "\n" not in refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("README.md", "it is a file, and not a GGUF file. Give a folder with config.json and safetensors, a .gguf"),
+        ("model.safetensors", "it is a file, and not a GGUF file. Give a folder"),
+        ("none/model", "there is no such path on the I/O worker's host. Give a folder"),
+        ("none.gguf", "there is no such path on the I/O worker's host. Give a folder"),
+    ],
+)
+def test_path_that_is_no_model_is_refused_with_what_is_expected(
+    source: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # the hub is not asked
+    (tmp_path / "README.md").write_text("# A model\n")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UnusableModel, match=reason):
+        convert(str(tmp_path / source), tmp_path / "base")
+
+
 def test_special_token_that_nothing_writes_may_lie_beyond_the_embedding(source: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(f"<|{i}|>", special=True) for i in range(3)])

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -33,6 +39,10 @@ TEXTS = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_NO_PATH = "it is neither a folder nor a GGUF file on the I/O worker's host"
+_EXPECTED = (
+    "Give a folder with config.json and safetensors, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M."
+)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -44,6 +54,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UnusableModel(source=source, reason=f"the folder '{out}' is not empty. Choose a new one.")
+    _check_place(source)
     if Path(source).is_dir():
         folders.refuse_links_out(source)
     if (gguf := gguf_files.find(source)) is not None:
@@ -65,6 +76,17 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     return model_info
 
 
+def _check_place(source: str) -> None:
+    """Raises UnusableModel for a file that is no GGUF file, and for a path that does not exist."""
+    path = Path(source)
+    if path.is_dir():
+        return
+    if path.exists() and path.suffix != ".gguf":
+        raise UnusableModel(source=source, reason=f"it is a file, and not a GGUF file. {_EXPECTED}")
+    if not path.exists() and (source.startswith(("/", "./", "../", "~")) or source.endswith(".gguf")):
+        raise UnusableModel(source=source, reason=f"there is no such path on the I/O worker's host. {_EXPECTED}")
+
+
 def _download(source: str, folder: str) -> Path:
     """Downloads the hub's files into `folder`; `id@revision` names a revision. Honours HF_ENDPOINT and HF_TOKEN."""
     name, _, revision = source.partition("@")
@@ -76,13 +98,25 @@ def _download(source: str, folder: str) -> Path:
     except UnusableModel:
         raise
     except Exception as error:  # also errors of the HTTP library, which differs between releases
-        reason = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}."
-        raise UnusableModel(
-            source=source,
-            reason=f"it is neither a folder nor a .gguf file on this host, and the model hub answered: {reason} Check "
-            "the name; on a closed network, set HF_ENDPOINT or use a local folder; for a gated model, set HF_TOKEN.",
-        ) from error
+        raise UnusableModel(source=source, reason=f"{_NO_PATH}, and {_of_hub(error)}") from error
     return Path(folder)
+
+
+def _of_hub(error: Exception) -> str:
+    """Returns why the hub has no such model, and what to change."""
+    if isinstance(error, HFValidationError):
+        return f"it cannot be a hub id either. {_EXPECTED}"
+    if isinstance(error, GatedRepoError):
+        return "the model hub gives it only to accounts that have its owner's permission. Set HF_TOKEN for I/O workers."
+    if isinstance(error, RevisionNotFoundError):
+        return "the model hub has no such revision of it. Check what follows the '@'."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the model hub has no such model that is public. For a private one, set HF_TOKEN. {_EXPECTED}"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (
+        f"the model hub cannot be used: {reason}. Check the name; on a closed network, set HF_ENDPOINT or use a local "
+        "folder."
+    )
 
 
 def _check_names(source: str, paths: list[Path]) -> None:
