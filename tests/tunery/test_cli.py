@@ -26,6 +26,7 @@ from tunery.jobs.states import State
 from tunery.keys import auth, projects
 from tunery.local import demo
 from tunery.local.stack import Stack
+from tunery.models import registry
 from tunery.models.model import Model
 from tunery.spec import Gate, Resources
 from tunery.storage import open_storage
@@ -107,7 +108,7 @@ def test_a_file_goes_up_is_listed_comes_back_and_goes(tunery: Run, api: str, tra
     assert json.loads(tunery("files", "show", file)[1])["bytes"] == len(TRAIN)
     tunery("files", "content", file, "-o", tmp_path / "back.jsonl")
     assert (tmp_path / "back.jsonl").read_bytes() == TRAIN
-    assert tunery("files", "delete", file)[0] == 0
+    assert tunery("files", "delete", file, "--yes")[0] == 0
     assert json.loads(tunery("files", "list", "--json")[1]) == []
 
 
@@ -645,6 +646,35 @@ def test_home_is_inherited_by_every_command(tunery: Run, tmp_path: Path, monkeyp
 
 def test_version(tunery: Run) -> None:
     assert tunery("--version")[:2] == (0, f"tunery {metadata.version('tunery')}\n")
+
+
+def test_deleting_asks_first(tunery: Run, api: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    with database.sessions.begin() as session:
+        registry.add_alias(session, "gpt-4o", rows.base(session, "tiny"))
+        owner = projects.find_project(session, "default")
+        file = rows.file(session, owner).id
+        tuned = rows.job(session, owner, State.SUCCEEDED, base_model="tiny").tuned_model
+    endpoint = tunery("webhooks", "create", "https://example.com/hook")[2].split()[0]
+    deleting = {
+        ("files", "delete", file): f"Permanently delete {file}? [y/N]:",
+        ("webhooks", "delete", endpoint): f"Permanently delete {endpoint}? [y/N]:",
+        ("models", "delete", tuned, "gpt-4o"): f"Permanently delete {tuned} (tuned) and gpt-4o (alias of tiny)? [y/N]:",
+        ("models", "delete", "tiny"): "Permanently delete the base tiny, which all projects share? [y/N]:",
+    }
+    for command, question in deleting.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+        status, out, err = tunery(*command)
+        assert (status, out.strip()) == (1, "")
+        assert question in err
+        assert "Error" not in err
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        status, _, err = tunery(*command)
+        assert status == 1
+        assert "Nothing was deleted, as nobody confirmed it. Pass --yes to skip the question." in err
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+        names = command[2:]
+        status, out, _ = tunery(*command)
+        assert (status, out.strip().splitlines()) == (0, [f"✓ {name} deleted" for name in names])
 
 
 def test_erasing_a_project_asks_first_and_says_what_it_removed(

@@ -102,7 +102,9 @@ def test_a_model_that_does_not_exist_is_suggested(tunery: Run, server: ModelServ
     assert f"Did you mean '{BASE}'?" in err
 
 
-def test_requests_are_kept_rated_and_made_into_a_file(tunery: Run, server: ModelServer) -> None:
+def test_requests_are_kept_rated_and_made_into_a_file(
+    tunery: Run, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = tunery("captures", "start", BASE, "--keep-days", 7)[1]
     assert started == f"✓ requests to {BASE} are captured and kept for 7 days\n"
     tunery("chat", BASE, "-m", "Hi")
@@ -115,7 +117,13 @@ def test_requests_are_kept_rated_and_made_into_a_file(tunery: Run, server: Model
     )
     file = tunery("captures", "file", BASE)[1].strip()
     assert '"Hello!"' in tunery("files", "content", file)[1]
-    assert tunery("captures", "stop", BASE)[1] == f"✓ requests to {BASE} are no longer captured; 1 were deleted\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    status, _, err = tunery("captures", "stop", BASE)
+    assert status == 1
+    assert f"Permanently delete 1 captured requests to {BASE}, with their feedback? [y/N]:" in err
+    assert (
+        tunery("captures", "stop", BASE, "--yes")[1] == f"✓ requests to {BASE} are no longer captured; 1 were deleted\n"
+    )
     status, _, err = tunery("captures", "file", BASE)
     assert status == 1
     assert "No captured request" in err
@@ -144,7 +152,7 @@ def test_an_endpoint_from_creation_to_deletion(
         rotated = tunery("webhooks", "rotate", endpoint, "--keep-old")[1]
         assert rotated.startswith("whsec_")
         assert rotated != secret
-        assert tunery("webhooks", "delete", endpoint)[0] == 0
+        assert tunery("webhooks", "delete", endpoint, "--yes")[0] == 0
         status, _, err = tunery("webhooks", "show", endpoint)
         assert status == 1
         assert endpoint in err

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tunery.cli import downloads, output
-from tunery.cli.options import connect
+from tunery.cli.options import Yes, confirm, connect
 
 app = typer.Typer(no_args_is_help=True, help="The project's captured requests to models, and feedback on them.")
 
@@ -55,9 +55,12 @@ def list_requests(
 
 
 @app.command()
-def stop(context: typer.Context, model: Model) -> None:
+def stop(context: typer.Context, model: Model, yes: Yes = False) -> None:
     """Stop capturing, and delete what was captured."""
-    found = connect(context).call("DELETE", _route(model))
+    api = connect(context)
+    if count := api.call("GET", _route(model))["requests"]:
+        confirm(f"Permanently delete {count} captured requests to {model}, with their feedback?", yes=yes)
+    found = api.call("DELETE", _route(model))
     output.done(f"requests to {found['model']} are no longer captured; {found['removed']} were deleted")
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from tunery import db, processes
 from tunery.cli import output
 from tunery.cli.client import Refused
-from tunery.cli.options import stack_home
+from tunery.cli.options import Yes, confirm, stack_home
 from tunery.errors import NotFound, TuneryError
 from tunery.keys import auth, projects
 from tunery.keys.model import Key
@@ -136,7 +136,7 @@ def revoke_project(context: typer.Context, name: str) -> None:
 def erase_project(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The project's name or id; revoked projects too.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete a project permanently: its files, models, jobs, keys and webhooks, and their stored objects."""
     with _transaction(context) as session:
@@ -145,8 +145,7 @@ def erase_project(
         storage = open_storage(get_settings())
         erasure.check_storage(session, storage, project.id)
     output.table(("what", "rows"), counts.items(), empty="Nothing")
-    if not yes:
-        typer.confirm(f"Permanently delete all of this, and every object of {project.name} ({project.id})?", abort=True)
+    confirm(f"Permanently delete all of this, and every object of {project.name} ({project.id})?", yes=yes)
     with _transaction(context) as session:
         erasure.close(session, erasure.find(session, project.id))
     processes.wait_until(lambda: _has_ended(context, project.id), seconds=60, alive=lambda: True, every=1)

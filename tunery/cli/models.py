@@ -2,6 +2,7 @@
 
 import enum
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from tunery.cli import adapters, downloads, output, summary
 from tunery.cli.client import ApiClient, Refused
-from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
+from tunery.cli.options import AsJson, ColumnNames, Yes, connect, delete_each, parse_columns
 from tunery.local.terminal import size
 from tunery.spec import Columns, named_columns
 
@@ -265,9 +266,16 @@ def alias(context: typer.Context, alias: str, model: str) -> None:
 
 
 @app.command()
-def delete(context: typer.Context, models: list[str]) -> None:
+def delete(context: typer.Context, models: list[str], yes: Yes = False) -> None:
     """Delete tuned models; with an administrator's key also bases and aliases (without their bases)."""
     api = connect(context)
+    routes = {model: downloads.model_route(model) for model in models}
+    delete_each(api, routes, " and ".join(_described(api, models)), yes=yes)
+
+
+def _described(api: ApiClient, models: list[str]) -> Iterator[str]:
+    """Yields what each name stands for, as bases are shared by all projects. Withheld models are not listed."""
+    kinds = {model["id"]: _kind(model) for model in api.call("GET", "/models", params={"status": "any"})["data"]}
     for model in models:
-        api.call("DELETE", downloads.model_route(model))
-        output.done(f"{model} deleted")
+        kind = kinds.get(model, "model")
+        yield f"the base {model}, which all projects share" if kind == "base" else f"{model} ({kind})"

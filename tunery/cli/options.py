@@ -1,11 +1,12 @@
 """Options that several commands share, and their values."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tunery.cli import client
+from tunery.cli import client, output
 from tunery.datasets import columns
 from tunery.errors import InvalidValue
 from tunery.spec import Columns
@@ -24,6 +25,7 @@ ColumnNames = Annotated[
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Maximum number of entries.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 
 
 def connect(context: typer.Context) -> client.ApiClient:
@@ -55,3 +57,28 @@ def parse_columns(text: str | None) -> Columns | None:
         return None if text is None else columns.parse(text)
     except InvalidValue as error:
         raise typer.BadParameter(f"--columns: {error.message}") from None
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Asks before something is deleted, unless `yes`. Ends the command if the answer is no.
+
+    Raises Refused where nobody can answer.
+    """
+    if yes:
+        return
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        raise client.Refused(
+            message="Nothing was deleted, as nobody confirmed it. Pass --yes to skip the question."
+        ) from None
+    if not agreed:
+        raise typer.Abort
+
+
+def delete_each(api: client.ApiClient, routes: Mapping[str, str], named: str, *, yes: bool) -> None:
+    """Deletes objects, given by id with their routes, after one question in which they are `named`; prints each."""
+    confirm(f"Permanently delete {named}?", yes=yes)
+    for id, route in routes.items():
+        api.call("DELETE", route)
+        output.done(f"{id} deleted")

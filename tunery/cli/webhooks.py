@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tunery.cli import output
-from tunery.cli.options import AsJson, Limit, connect
+from tunery.cli.options import AsJson, Limit, Yes, connect, delete_each
 
 app = typer.Typer(no_args_is_help=True, help="Endpoints that receive events, such as a job's end.")
 ROOT = "/webhook_endpoints"
@@ -89,9 +89,6 @@ def rotate(
 
 
 @app.command()
-def delete(context: typer.Context, endpoints: list[str]) -> None:
+def delete(context: typer.Context, endpoints: list[str], yes: Yes = False) -> None:
     """Delete endpoints."""
-    api = connect(context)
-    for endpoint in endpoints:
-        api.call("DELETE", f"{ROOT}/{endpoint}")
-        output.done(f"{endpoint} deleted")
+    delete_each(connect(context), {id: f"{ROOT}/{id}" for id in endpoints}, ", ".join(endpoints), yes=yes)
