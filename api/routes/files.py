@@ -99,7 +99,7 @@ async def create_file(
             file_field="file",
             limit=settings.max_file_bytes,
             what="The file",
-            instead="Send larger files as an Upload, part by part (POST /v1/uploads).",
+            instead="Send larger files as an Upload, part by part (`POST /v1/uploads`).",
             take=arriving.take,
         )
         fields = multipart.parse_fields(form, schemas.FileFields)

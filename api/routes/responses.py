@@ -96,7 +96,7 @@ async def create_response(
 )
 def no_kept_response(rest: str) -> None:
     raise RouteNotFound(
-        what=f"No response '{rest}': this server stores none. POST /v1/responses returns the response itself."
+        what=f"No response '{rest}': this server stores none. `POST /v1/responses` returns the response itself."
     )
 
 

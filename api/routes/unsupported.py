@@ -25,6 +25,6 @@ def no_permissions() -> None:
     raise RouteNotFound(
         what=(
             "Checkpoint permissions are not supported here: a checkpoint belongs to its project, and every key of the "
-            "project may use it. GET /v1/fine_tuning/jobs/{id}/checkpoints lists them."
+            "project may use it. `GET /v1/fine_tuning/jobs/{id}/checkpoints` lists them."
         )
     )

@@ -8,6 +8,7 @@ from rich.text import Text
 from tunery.cli import output, quotes, report
 from tunery.cli.client import ApiClient
 from tunery.cli.reruns import ROOT
+from tunery.cli.routes import as_commands
 from tunery.planning import fitting
 from tunery.planning.fitting import CardFit
 from tunery.planning.memory import gib
@@ -36,7 +37,9 @@ def print_job(job: Mapping[str, Any], warnings: Sequence[str], *, as_json: bool)
 
 def _print_fields(job: Mapping[str, Any]) -> None:
     if job["error"] is not None:
-        output.console.print(Text(f"The job would fail: {job['error']['message']}", style="red"), soft_wrap=True)
+        output.console.print(
+            Text(f"The job would fail: {as_commands(job['error']['message'])}", style="red"), soft_wrap=True
+        )
     else:
         output.done("The job is valid. Nothing was stored.")
     knobs, checked = job["hyperparameters"], job["validation"]

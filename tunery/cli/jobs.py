@@ -14,6 +14,7 @@ from tunery.cli.dry_run import print_job as print_dry_run
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, ColumnNames, Limit, connect, parse_columns
 from tunery.cli.reruns import ROOT
+from tunery.cli.routes import as_commands
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
 
@@ -207,7 +208,7 @@ def events(context: typer.Context, job: str, limit: Limit = 100, json: AsJson = 
     for event in found:
         line = Text(f"{output.clock(event['created_at'])}  ", style="dim")
         output.console.print(
-            line.append(event["message"], style=colours.get(event["level"], "not dim")), soft_wrap=True
+            line.append(as_commands(event["message"]), style=colours.get(event["level"], "not dim")), soft_wrap=True
         )
     return None
 

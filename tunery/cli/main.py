@@ -16,6 +16,7 @@ from tunery.cli.baseline import baseline
 from tunery.cli.chat import chat
 from tunery.cli.client import HOME
 from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
+from tunery.cli.routes import as_commands
 from tunery.errors import TuneryError, WrongSettings
 
 app = typer.Typer(
@@ -96,7 +97,7 @@ def run() -> None:
     try:
         app()
     except TuneryError as error:
-        output.errors.print(f"[red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
+        output.errors.print(f"[red]Error:[/] {_escaped(as_commands(error.message))}", soft_wrap=True)
         sys.exit(2 if isinstance(error, WrongSettings) else 1)
     except OSError as error:  # of a path that the user named
         output.errors.print(f"[red]Error:[/] {_escaped(_of_path(error))}", soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunery.cli.routes import as_commands
 from tunery.local.terminal import print_whole
 
 console = Console(highlight=False)
@@ -80,22 +81,22 @@ def as_json(value: Any) -> None:
 
 
 def done(message: str) -> None:
-    console.print(Text.assemble(("✓ ", "green"), message))
+    console.print(Text.assemble(("✓ ", "green"), as_commands(message)))
 
 
 def failed(message: str) -> None:
-    console.print(Text.assemble(("✗ ", "red"), message))
+    console.print(Text.assemble(("✗ ", "red"), as_commands(message)))
 
 
 def warnings(texts: Iterable[str]) -> None:
     """Prints each warning once, on stderr: standard output holds what programs read."""
     for text in dict.fromkeys(texts):
-        errors.print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
+        errors.print(Text.assemble(("Warning: ", "yellow"), as_commands(text)), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Prints a remark on stderr."""
-    errors.print(Text(text, style="dim"), soft_wrap=True)
+    errors.print(Text(as_commands(text), style="dim"), soft_wrap=True)
 
 
 def hint(command: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from tunery.cli import output, quotes
+from tunery.cli.routes import as_commands
 from tunery.local.terminal import duration
 from tunery.spec import Hyperparameters
 from tunery.trainer_protocol import Served
@@ -40,7 +41,7 @@ def _run(job: dict[str, Any]) -> list[tuple[str, Any]]:
     progress, error, finish = job["progress"], job.get("error") or {}, job["estimated_finish"]
     total, loss = progress["total_steps"], progress.get("train_loss")
     return [
-        ("error", Text(error["message"], style="red") if error.get("message") else None),
+        ("error", Text(as_commands(error["message"]), style="red") if error.get("message") else None),
         ("waits for", job["waits_for"]),
         ("phase", job["phase"]),
         ("step", f"{progress['step']}/{total}" if total else None),

@@ -8,6 +8,7 @@ import typer
 
 from tunery.cli import output, summary
 from tunery.cli.client import ApiClient, Refused
+from tunery.cli.routes import as_commands
 from tunery.local.terminal import JobProgress, loss_curve
 
 FINAL = ("succeeded", "failed", "cancelled")
@@ -31,7 +32,7 @@ class Events:
             if len(fresh) < len(page["data"]) or not page["data"] or not page.get("has_more"):
                 break
         self._seen |= {event["id"] for event in found}
-        return found[::-1]
+        return [{**event, "message": as_commands(event["message"])} for event in reversed(found)]
 
 
 def watch(api: ApiClient, job: str, *, known: Iterable[str] = ()) -> None:
