@@ -648,6 +648,34 @@ def test_version(tunery: Run) -> None:
     assert tunery("--version")[:2] == (0, f"tunery {metadata.version('tunery')}\n")
 
 
+def test_limits_of_a_project_are_created_changed_and_shown(tunery: Run, database: Database) -> None:
+    def stored() -> tuple[int | None, ...]:
+        with database.sessions() as session:
+            found = projects.find_project(session, "research")
+        return (found.max_running, found.max_queued, found.requests_per_minute, found.tokens_per_minute)
+
+    tunery("projects", "create", "research", "--max-running", 4, "--tokens-per-minute", 1000)
+    assert stored() == (4, None, None, 1000)
+    shown = tunery("projects", "limit", "research", "--max-queued", 0, "--max-running", 2)[1].split("\n", 1)
+    assert shown[0] == "✓ project research"
+    assert " ".join(shown[1].split()) == (
+        "max running 2 max queued 0 requests per minute the settings' tokens per minute 1000"
+    )
+    assert stored() == (2, 0, None, 1000), "what is not named stays"
+    tunery("projects", "limit", "research", "--max-running", "none", "--tokens-per-minute", "None")
+    assert stored() == (None, 0, None, None)
+    assert "max running" in tunery("projects", "limit", "research")[1]
+    assert stored() == (None, 0, None, None)
+    for wrong in ("-1", "2147483648", "1" * 5000, "many", "1.5", "²"):
+        status, _, err = tunery("projects", "limit", "research", "--max-queued", wrong)
+        assert status == 2
+        assert "give a whole number from 0 to 2147483647, or none for no limit" in " ".join(
+            err.replace("│", "").split()
+        )
+    assert tunery("projects", "create", "other", "--max-running", "-1")[0] == 2
+    assert stored() == (None, 0, None, None)
+
+
 def test_deleting_asks_first(tunery: Run, api: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     with database.sessions.begin() as session:
         registry.add_alias(session, "gpt-4o", rows.base(session, "tiny"))

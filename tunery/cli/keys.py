@@ -1,6 +1,7 @@
 """`tunery projects ...` and `tunery keys ...`: on the database itself, as no key can exist before the first."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -29,6 +30,25 @@ project_commands = typer.Typer(
 key_commands = typer.Typer(no_args_is_help=True, help="API keys, each for one project (needs the database).")
 
 _CAPS = ("max_running", "max_queued", "requests_per_minute", "tokens_per_minute")
+_MOST = 2**31 - 1
+"""The largest number of their columns."""
+_NUMBER = "N|none"
+MaxRunning = Annotated[
+    str | None, typer.Option(metavar=_NUMBER, help="Maximum number of jobs that run at a time.", show_default=False)
+]
+MaxQueued = Annotated[
+    str | None, typer.Option(metavar=_NUMBER, help="Maximum number of waiting jobs.", show_default=False)
+]
+RequestsPerMinute = Annotated[
+    str | None,
+    typer.Option(metavar=_NUMBER, help="Requests to models per minute; none: the settings'.", show_default=False),
+]
+TokensPerMinute = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_NUMBER, help="Tokens of prompts and answers per minute; none: the settings'.", show_default=False
+    ),
+]
 Project = Annotated[str, typer.Option("--project", "-p", help="A project's name or id.")]
 
 
@@ -69,12 +89,15 @@ def _shown_url() -> str:
 def create_project(
     context: typer.Context,
     name: str,
-    max_running: Annotated[int | None, typer.Option(help="Maximum number of jobs that run at a time.")] = None,
-    max_queued: Annotated[int | None, typer.Option(help="Maximum number of waiting jobs.")] = None,
+    max_running: MaxRunning = None,
+    max_queued: MaxQueued = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
 ) -> None:
     """Create a project and its first key."""
+    limits = _limits(max_running, max_queued, requests_per_minute, tokens_per_minute)
     with _transaction(context) as session:
-        project = projects.create_project(session, name, max_running=max_running, max_queued=max_queued)
+        project = projects.create_project(session, name, **limits)
         _, secret = auth.create_key(session, project, "first key")
     output.done(f"project {name} ({project.id}); its first key, shown only once:")
     output.console.print(secret, soft_wrap=True)
@@ -84,23 +107,40 @@ def create_project(
 def limit_project(
     context: typer.Context,
     name: str,
-    requests_per_minute: Annotated[
-        int | None, typer.Option(min=0, help="Requests to models.", show_default="the settings'")
-    ] = None,
-    tokens_per_minute: Annotated[
-        int | None, typer.Option(min=0, help="Tokens of prompts and answers.", show_default="the settings'")
-    ] = None,
+    max_running: MaxRunning = None,
+    max_queued: MaxQueued = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
 ) -> None:
-    """Set a project's limits of requests and tokens per minute; omitted ones return to the server's settings."""
+    """Change a project's limits: those that are given, `none` to remove one. Without any, show them."""
+    limits = _limits(max_running, max_queued, requests_per_minute, tokens_per_minute)
     with _transaction(context) as session:
         project = projects.find_project(session, name)
-        projects.set_rates(session, project, requests=requests_per_minute, tokens=tokens_per_minute)
-    said = [f"{_rate(requests_per_minute)} requests", f"{_rate(tokens_per_minute)} tokens"]
-    output.done(f"project {name}: {' and '.join(said)} a minute")
+        projects.set_limits(session, project, **limits)
+        found = {cap: getattr(project, cap) for cap in _CAPS}
+    if limits:
+        output.done(f"project {name}")
+    output.fields((cap.replace("_", " "), _shown_limit(cap, limit)) for cap, limit in found.items())
 
 
-def _rate(limit: int | None) -> str:
-    return "the settings'" if limit is None else str(limit)
+def _limits(*given: str | None) -> dict[str, int | None]:
+    """Returns the limits that were given, by column, in the order of _CAPS. Raises BadParameter."""
+    return {cap: _read_limit(cap, text) for cap, text in zip(_CAPS, given, strict=True) if text is not None}
+
+
+def _read_limit(cap: str, text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > _MOST:
+        option = f"--{cap.replace('_', '-')}"
+        raise typer.BadParameter(f"{option} {text}: give a whole number from 0 to {_MOST}, or none for no limit.")
+    return int(text)
+
+
+def _shown_limit(cap: str, limit: int | None) -> str:
+    if limit is not None:
+        return str(limit)
+    return "the settings'" if cap.endswith("per_minute") else "none"
 
 
 @project_commands.command("list")

@@ -32,9 +32,10 @@ def list_projects(session: Session) -> list[Project]:
     return list(session.scalars(select(Project).order_by(Project.created_at)))
 
 
-def set_rates(session: Session, project: Project, *, requests: int | None, tokens: int | None) -> None:
-    """Sets the project's requests and tokens per minute; None means the setting for all projects."""
-    project.requests_per_minute, project.tokens_per_minute = requests, tokens
+def set_limits(session: Session, project: Project, **limits: int | None) -> None:
+    """Sets the project's limits by their columns; None means no limit, or that of the settings for all projects."""
+    for name, limit in limits.items():
+        setattr(project, name, limit)
     session.flush()
 
 
