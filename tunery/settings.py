@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_va
 from pydantic.functional_validators import BeforeValidator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from tunery import setting_errors
+from tunery import setting_errors, urls
 from tunery.errors import WrongSettings
 from tunery.field_reasons import formed
 from tunery.plugins import split
@@ -50,6 +50,7 @@ def _long(secret: SecretStr) -> SecretStr:
     return secret
 
 
+HttpUrl = Annotated[str, AfterValidator(urls.check_http)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -69,12 +70,16 @@ class Settings(BaseSettings):
     database_url: Annotated[str, AfterValidator(_psycopg)] = Field(
         "postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL"
     )
-    broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
-    storage_url: str = Field("file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]")
-    s3_endpoint_url: str | None = Field(
+    broker_url: Annotated[str, AfterValidator(urls.check_broker)] = Field(
+        "redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only"
+    )
+    storage_url: Annotated[str, AfterValidator(urls.check_storage)] = Field(
+        "file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]"
+    )
+    s3_endpoint_url: HttpUrl | None = Field(
         None, description="An S3 server other than AWS; the keys come from AWS_* variables"
     )
-    s3_public_endpoint_url: str | None = Field(None, description="The same server's URL for users (presigned URLs)")
+    s3_public_endpoint_url: HttpUrl | None = Field(None, description="The same server's URL for users (presigned URLs)")
 
     organization: Annotated[str, *formed(r"[a-z0-9-]{1,32}", "1 to 32 lower-case letters, digits and hyphens")] = Field(
         "tunery", description="Third part of the names of tuned models (`ft:`)"
@@ -87,7 +92,7 @@ class Settings(BaseSettings):
         0.1, ge=0, le=1, description="Share of the disk for the tokens of files that a worker keeps; 0: none"
     )
 
-    server_url: str = Field("http://127.0.0.1:8001", description="URL of the model server for the API")
+    server_url: HttpUrl = Field("http://127.0.0.1:8001", description="URL of the model server for the API")
     server_backend: str = Field(
         "embedded", description="Back end of the model server: `embedded`, `vllm` or a plug-in's"
     )
@@ -127,7 +132,7 @@ class Settings(BaseSettings):
     served_check_seconds: float = Field(
         600, gt=0, description="Time limit of this check; after it the model is published uncompared"
     )
-    vllm_replicas: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+    vllm_replicas: Annotated[tuple[HttpUrl, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Comma-separated URLs of the vLLM servers behind the model server"
     )
     vllm_api_key: SecretStr | None = Field(None, description="Their `--api-key`")
@@ -173,7 +178,9 @@ class Settings(BaseSettings):
         "off", description="For jobs with Weights & Biases: send nothing, send, or store in `trackers_dir`"
     )
     wandb_api_key: SecretStr | None = Field(None, description="API key of Weights & Biases; only for training workers")
-    wandb_base_url: str | None = Field(None, description="URL of a Weights & Biases server other than the public one")
+    wandb_base_url: HttpUrl | None = Field(
+        None, description="URL of a Weights & Biases server other than the public one"
+    )
     mlflow_tracking_uri: SecretStr | None = Field(
         None, description="MLflow's tracking URI, for jobs with MLflow; only for training workers"
     )

@@ -53,6 +53,22 @@ def test_a_lease_outlasts_three_renewals(monkeypatch: pytest.MonkeyPatch) -> Non
         ("TUNERY_FILE_REPORTS", "perhaps", "should be true or false."),
         ("TUNERY_EXTERNAL_SECRET", SECRET, "should have at least 16 characters."),
         ("TUNERY_SERVE_GPU", "-1", "should be at least 0."),
+        (
+            "TUNERY_BROKER_URL",
+            f"amqp://tunery:{SECRET}@broker",
+            "should be the URL of Redis or Valkey, as in redis://HOST",
+        ),
+        ("TUNERY_BROKER_URL", "localhost:6379", "should be the URL of Redis or Valkey, as in redis://HOST:6379/0"),
+        ("TUNERY_BROKER_URL", f"redis://:{SECRET}@broker:port/0", "should be the URL of Redis or Valkey"),
+        *(
+            ("TUNERY_STORAGE_URL", url, "should be file:///DIRECTORY with an absolute path, or s3://BUCKET or s3://B")
+            for url in ("/srv/objects", "file://host/dir", "file:relative", "s3://", "s3:bucket", "https://bucket")
+        ),
+        ("TUNERY_S3_ENDPOINT_URL", "s3.example.com", "should be the URL of a server, as in http://HOST:8001."),
+        ("TUNERY_S3_PUBLIC_ENDPOINT_URL", "https://", "should be the URL of a server"),
+        ("TUNERY_SERVER_URL", "http://[::1", "should be the URL of a server"),
+        ("TUNERY_WANDB_BASE_URL", "wandb.example.com", "should be the URL of a server"),
+        ("TUNERY_VLLM_REPLICAS", "http://a:8000,b:8000", "should be the URL of a server"),
         ("TUNERY_ORGANIZATION", "My Firm", "should be 1 to 32 lower-case letters, digits and hyphens."),
         ("TUNERY_CURRENCY", "euro", "should be three capital letters, as in EUR."),
     ],
@@ -68,6 +84,24 @@ def test_a_wrong_value_is_one_line_without_the_value(
     with pytest.raises(ValidationError) as error:
         Settings()
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("broker_url", f"rediss://:{SECRET}@broker:6380/1"),
+        ("broker_url", "redis://broker"),
+        ("broker_url", "redis+socket:///run/valkey.sock"),
+        ("broker_url", "redis://a:6379/0;redis://b:6379/0"),  # tried in turn
+        ("storage_url", "file:///srv/my%20objects"),
+        ("storage_url", "s3://bucket/some/prefix"),
+        ("server_url", "http://[::1]:8001"),
+        ("s3_endpoint_url", "https://s3.example.com/path"),
+    ],
+)
+def test_a_url_is_kept_as_it_is_written(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"TUNERY_{name.upper()}", value)
+    assert getattr(read_settings(), name) == value
 
 
 def test_each_wrong_variable_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:

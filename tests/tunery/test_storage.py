@@ -250,12 +250,6 @@ def test_a_forged_key_is_refused(storage: Storage, key: str) -> None:
     assert list(storage.list("")) == []
 
 
-@pytest.mark.parametrize("url", ["/srv/objects", "file://host/dir", "s3://", "https://bucket", "file:relative"])
-def test_an_unknown_storage_url_says_what_to_write(url: str) -> None:
-    with pytest.raises(ValueError, match="use file:///DIRECTORY or s3://BUCKET/PREFIX"):
-        open_storage(Settings(storage_url=url))
-
-
 def test_a_prefix_keeps_two_services_apart(seaweed: Seaweed, s3_settings: Settings) -> None:
     other = s3_settings.model_copy(update={"storage_url": f"{s3_settings.storage_url}-other"})
     open_storage(s3_settings).put("a", b"1")

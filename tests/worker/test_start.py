@@ -27,8 +27,10 @@ def driver(workshop: Workshop, *gpus: dict[str, Any], fails: int = 0) -> dict[st
 @pytest.mark.parametrize("queue", ["io", "train"])
 def test_a_worker_that_cannot_use_its_storage_ends_and_says_why(workshop: Workshop, queue: str) -> None:
     worker = workshop.start(queue, TUNERY_STORAGE_URL="ftp://nowhere")
-    assert worker.wait(60) == 1
-    assert "TUNERY_STORAGE_URL is 'ftp://nowhere'; use file:" in processes.tail(workshop.folder / f"{queue}.log", 60)
+    assert worker.wait(60) == 2
+    assert "Error: TUNERY_STORAGE_URL should be file:///DIRECTORY" in processes.tail(
+        workshop.folder / f"{queue}.log", 60
+    )
 
 
 @pytest.mark.parametrize("queue", ["io", "train"])

@@ -5,8 +5,8 @@ event loop calls them in a thread. Memory stays constant whatever an object's si
 """
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+from tunery import urls
 from tunery.settings import Settings
 from tunery.storage.bucket import Bucket, disposition
 from tunery.storage.directory import Directory
@@ -27,10 +27,6 @@ __all__ = [
 
 
 def open_storage(settings: Settings) -> Storage:
-    """Returns the storage that `settings.storage_url` names: file:///DIR or s3://BUCKET[/PREFIX]. Raises ValueError."""
-    url = urlsplit(settings.storage_url)
-    if url.scheme == "file" and not url.netloc and url.path.startswith("/"):
-        return Directory(Path(unquote(url.path)))
-    if url.scheme == "s3" and url.netloc:
-        return Bucket(settings, url.netloc, url.path.strip("/"))
-    raise ValueError(f"TUNERY_STORAGE_URL is '{settings.storage_url}'; use file:///DIRECTORY or s3://BUCKET/PREFIX.")
+    """Returns the storage that `settings.storage_url` names: file:///DIR or s3://BUCKET[/PREFIX]."""
+    place, prefix = urls.split_storage(settings.storage_url)
+    return Directory(Path(place)) if place.startswith("/") else Bucket(settings, place, prefix)
