@@ -569,19 +569,6 @@ def test_a_project_its_keys_and_their_end(tunery: Run, database: Database) -> No
         auth.authenticate(session, first)
 
 
-def test_a_projects_rates_are_set_and_taken_back(tunery: Run, database: Database) -> None:
-    tunery("projects", "create", "web")
-    status, out, _ = tunery("projects", "limit", "web", "--requests-per-minute", 60)
-    assert (status, out) == (0, "✓ project web: 60 requests and the settings' tokens a minute\n")
-    assert " 60 " in tunery("projects", "list")[1]
-    with database.sessions() as session:
-        assert projects.find_project(session, "web").requests_per_minute == 60
-    assert tunery("projects", "limit", "web")[0] == 0
-    with database.sessions() as session:
-        assert projects.find_project(session, "web").requests_per_minute is None
-    assert tunery("projects", "limit", "web", "--tokens-per-minute", -1)[0] != 0
-
-
 # --- when something is wrong --------------------------------------------------------------------------------------
 
 
@@ -662,6 +649,7 @@ def test_limits_of_a_project_are_created_changed_and_shown(tunery: Run, database
         "max running 2 max queued 0 requests per minute the settings' tokens per minute 1000"
     )
     assert stored() == (2, 0, None, 1000), "what is not named stays"
+    assert " 1000 " in tunery("projects", "list")[1]
     tunery("projects", "limit", "research", "--max-running", "none", "--tokens-per-minute", "None")
     assert stored() == (None, 0, None, None)
     assert "max running" in tunery("projects", "limit", "research")[1]
