@@ -7,6 +7,7 @@ from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 
+from api import query
 from tunery.datasets.columns import parse as parse_columns
 from tunery.keys import auth
 from tunery.keys.auth import Caller
@@ -57,13 +58,17 @@ def _secret(credentials: Credentials) -> str | None:
     return credentials.credentials if credentials else None
 
 
-def _caller(session: SessionDep, credentials: Credentials) -> Caller:
-    return auth.authenticate(session, _secret(credentials))
+def _caller(request: Request, session: SessionDep, credentials: Credentials) -> Caller:
+    caller = auth.authenticate(session, _secret(credentials))
+    query.check(request)
+    return caller
 
 
-def _caller_apart(sessions: SessionsDep, credentials: Credentials) -> Caller:
+def _caller_apart(request: Request, sessions: SessionsDep, credentials: Credentials) -> Caller:
     with sessions.begin() as session:
-        return auth.authenticate(session, _secret(credentials))
+        caller = auth.authenticate(session, _secret(credentials))
+    query.check(request)
+    return caller
 
 
 CallerDep = Annotated[Caller, Depends(_caller, scope="function")]

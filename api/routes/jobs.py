@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Request
 from sqlalchemy.orm import Session, object_session
@@ -89,6 +89,7 @@ def list_jobs(
     settings: SettingsDep,
     after: After = None,
     limit: Limit = 20,
+    metadata: Annotated[Literal["null"] | None, Query(description="Only jobs without metadata")] = None,
 ) -> ListOf[schemas.Job]:
     """Newest first. `metadata[key]=value` selects jobs with that pair, `metadata=null` those without metadata."""
     given = request.query_params.multi_items()
@@ -96,7 +97,7 @@ def list_jobs(
         session,
         caller.project_id,
         metadata=[(name[9:-1], value) for name, value in given if name.startswith("metadata[") and name.endswith("]")],
-        without_metadata=("metadata", "null") in given,
+        without_metadata=metadata == "null",
         after=after,
         limit=limit,
     )

@@ -252,6 +252,48 @@ def test_wrong_query(team: Team) -> None:
     assert error["param"] == "limit"
 
 
+@pytest.mark.parametrize(
+    ("url", "param", "words"),
+    [
+        ("/v1/fine_tuning/jobs?limt=5", "limt", "Unknown query parameter: 'limt'. Did you mean 'limit'?"),
+        ("/v1/fine_tuning/jobs?metadata[team=x", "metadata[team", "Did you mean 'metadata'?"),
+        ("/v1/fine_tuning/jobs?metadata=x", "metadata", "should be 'null'."),
+        ("/v1/fine_tuning/jobs?limit[x]=5", "limit[x]", "Did you mean 'limit'?"),
+        (
+            "/v1/fine_tuning/jobs?limit=5&limit=6",
+            "limit",
+            "The query parameter 'limit' is given 2 times. Send it once.",
+        ),
+        ("/v1/files?colour=red", "colour", "This route has purpose, limit, order, after."),
+        ("/v1/files/file-x?after=1", "after", "This route has none: remove it."),
+        ("/v1/organization/usage/completions?start_time=0&models=a", "models", "Did you mean 'models[]'?"),
+        (f"/v1/models?{'x' * 100}=1", "x" * 40 + "...", "This route has status."),
+        ("/metrics?match=x", "match", "This route has none"),
+    ],
+)
+def test_unknown_query_parameter_is_refused(admin: Team, url: str, param: str, words: str) -> None:
+    error = _error(admin.http.get(url), 400)
+    assert (error["param"], error["type"], error["code"]) == (param, "invalid_request_error", "invalid_value")
+    assert words in error["message"]
+
+
+def test_unknown_query_parameter_is_refused_by_every_route(app: FastAPI, admin: Team) -> None:
+    for path, ways in app.openapi()["paths"].items():
+        for way in ways.keys() - ({"get"} if path == "/healthz" else set()):
+            body = {"json": {}} if way == "post" else {}
+            answer = admin.http.request(way, re.sub("{.*?}", "x", path), params={"no_such_name": "1"}, **body)
+            assert answer.status_code == 400, (way, path)
+
+
+def test_no_key_is_said_before_an_unknown_query_parameter(anonymous: TestClient) -> None:
+    assert anonymous.get("/v1/files?colour=red").status_code == 401
+
+
+def test_what_is_not_supported_is_said_before_an_unknown_query_parameter(team: Team) -> None:
+    error = _error(team.http.get("/v1/fine_tuning/checkpoints/x/permissions?project_id=y"), 404)
+    assert "not supported" in error["message"]
+
+
 def test_text_that_cannot_be_stored(team: Team, base: str) -> None:
     file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
     headers = {"content-type": "application/json"}
