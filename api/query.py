@@ -1,6 +1,6 @@
 """Refuses query parameters that a route does not have, which the framework ignores.
 
-A filter or a limit that is misspelt would otherwise select something else without a word.
+A filter or a limit that is misspelt would otherwise silently select something else.
 """
 
 import difflib
