@@ -3,12 +3,13 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from sqlalchemy.orm import Session
 
 from api.dependencies import ANY_KEY, After, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep
 from api.json_route import JsonRoute
 from api.schemas import webhooks as schemas
 from api.schemas.base import CursorList, WholeList, errors
-from tunery.webhooks import endpoints
+from tunery.webhooks import deliveries, endpoints
 from tunery.webhooks.messages import EVENT_TYPES
 
 router = APIRouter(prefix="/v1", tags=["Webhooks"], route_class=JsonRoute)
@@ -40,13 +41,15 @@ def list_webhook_endpoints(
 ) -> CursorList[schemas.Endpoint]:
     """Newest first."""
     rows, more = endpoints.list_page(session, caller.project_id, after=after, limit=limit)
-    data = [schemas.Endpoint.of(row) for row in rows]
+    last = deliveries.latest(session, [row.id for row in rows])
+    data = [schemas.Endpoint.of(row, last.get(row.id)) for row in rows]
     return CursorList.of(data, has_more=more)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}", summary="Retrieve a webhook endpoint", responses=errors(404))
 def retrieve_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: CallerDep) -> schemas.Endpoint:
-    return schemas.Endpoint.of(endpoints.retrieve(session, caller.project_id, endpoint_id))
+    row = endpoints.retrieve(session, caller.project_id, endpoint_id)
+    return schemas.Endpoint.of(row, _last(session, row.id))
 
 
 @router.post("/webhook_endpoints/{endpoint_id}", summary="Change a webhook endpoint", responses=errors(404))
@@ -56,7 +59,28 @@ def update_webhook_endpoint(
     """Changes only the given fields. Setting the url enables a disabled endpoint again."""
     changes = body.model_dump(exclude_none=True)
     row = endpoints.update(session, caller.project_id, endpoint_id, **changes, allow=settings.webhook_allow)
-    return schemas.Endpoint.of(row)
+    return schemas.Endpoint.of(row, _last(session, row.id))
+
+
+def _last(session: Session, endpoint_id: str) -> deliveries.Delivered | None:
+    return deliveries.latest(session, [endpoint_id]).get(endpoint_id)
+
+
+@router.get(
+    "/webhook_endpoints/{endpoint_id}/deliveries", summary="List an endpoint's deliveries", responses=errors(404)
+)
+def list_webhook_deliveries(
+    endpoint_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
+) -> CursorList[schemas.WebhookDelivery]:
+    """Newest first, each with its tries: the status code of the receiver's response, or why there was none. Ended ones
+    are kept for 30 days, unless the operator chose otherwise (`TUNERY_KEEP_DELIVERIES_DAYS`)."""
+    row = endpoints.retrieve(session, caller.project_id, endpoint_id)
+    found, more = deliveries.list_page(session, row.id, after=after, limit=limit)
+    return CursorList.of([schemas.WebhookDelivery.of(one) for one in found], has_more=more)
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}", summary="Delete a webhook endpoint", responses=errors(404))
@@ -74,7 +98,7 @@ def rotate_webhook_secret(
     """The response shows the new secret once. The old one can also sign for 24 hours."""
     keep = body is not None and bool(body.keep_old_secret_active_for_24_hours)
     row = endpoints.rotate_secret(session, caller.project_id, endpoint_id, keep_old=keep)
-    return schemas.EndpointWithSecret.of(row)
+    return schemas.EndpointWithSecret.of(row, _last(session, row.id))
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/test", summary="Send a test event", responses=errors(404))

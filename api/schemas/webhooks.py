@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool
 
-from api.schemas.base import Body, Deleted, ResponseBody, seconds
+from api.schemas.base import Body, Deleted, ResponseBody, maybe_seconds, seconds
 from tunery.webhooks import signing
+from tunery.webhooks.deliveries import Delivered
 from tunery.webhooks.messages import EVENT_TYPES
 from tunery.webhooks.model import WebhookEndpoint
 
@@ -18,6 +19,22 @@ ENDPOINT: dict[str, Any] = {
     "url": "https://example.com/hooks",
     "event_types": list(EVENT_TYPES),
     "signing_secret_hint": "...Gx0eHw==",
+    "disabled_reason": None,
+    "last_delivery": None,
+}
+
+
+TRY: dict[str, Any] = {"at": 1719184912, "seconds": 0.31, "status_code": 500, "error": "the receiver answered 500"}
+DELIVERY: dict[str, Any] = {
+    "id": "wh_abc123",
+    "object": "webhook_delivery",
+    "created_at": 1719184911,
+    "event_type": "fine_tuning.job.succeeded",
+    "data": {"id": "ftjob-abc123"},
+    "status": "pending",
+    "next_try_at": 1719184917,
+    "finished_at": None,
+    "tries": [TRY],
 }
 
 
@@ -65,10 +82,11 @@ class Endpoint(ResponseBody):
     event_types: list[str]
     signing_secret_hint: str | None
     disabled_reason: str | None = Field(None, description="Why the endpoint is disabled; a new url enables it again")
+    last_delivery: "WebhookDelivery | None" = Field(None, description="The newest event for this endpoint")
 
     @classmethod
-    def of(cls, row: WebhookEndpoint) -> "Endpoint":
-        return cls(**_values(row))
+    def of(cls, row: WebhookEndpoint, last: Delivered | None = None) -> "Endpoint":
+        return cls(**_values(row, last))
 
 
 class EndpointWithSecret(Endpoint):
@@ -81,11 +99,11 @@ class EndpointWithSecret(Endpoint):
     signing_secret: str
 
     @classmethod
-    def of(cls, row: WebhookEndpoint) -> "EndpointWithSecret":
-        return cls(**_values(row), signing_secret=row.secret)
+    def of(cls, row: WebhookEndpoint, last: Delivered | None = None) -> "EndpointWithSecret":
+        return cls(**_values(row, last), signing_secret=row.secret)
 
 
-def _values(row: WebhookEndpoint) -> dict[str, Any]:
+def _values(row: WebhookEndpoint, last: Delivered | None) -> dict[str, Any]:
     return {
         "id": row.id,
         "created_at": seconds(row.created_at),
@@ -95,7 +113,57 @@ def _values(row: WebhookEndpoint) -> dict[str, Any]:
         "event_types": row.event_types,
         "signing_secret_hint": signing.hint(row.secret),
         "disabled_reason": row.disabled_reason,
+        "last_delivery": WebhookDelivery.of(last) if last else None,
     }
+
+
+class DeliveryTry(ResponseBody):
+    """One try. `error` says why it failed; without `seconds` it has not ended."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [TRY]})
+
+    at: int
+    seconds: float | None
+    status_code: int | None = Field(description="The receiver's; null if there was no response")
+    error: str | None
+
+
+class About(ResponseBody):
+    id: str = Field(description="The job, file or baseline")
+
+
+class WebhookDelivery(ResponseBody):
+    """An event for an endpoint. Its id is the message's `webhook-id`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [DELIVERY]})
+
+    id: str
+    object: Literal["webhook_delivery"] = "webhook_delivery"
+    created_at: int
+    event_type: str
+    data: About
+    status: Literal["pending", "delivered", "failed"] = Field(description="pending: it will be tried (again)")
+    next_try_at: int | None
+    finished_at: int | None
+    tries: list[DeliveryTry]
+
+    @classmethod
+    def of(cls, found: Delivered) -> "WebhookDelivery":
+        row = found.delivery
+        tries = [
+            DeliveryTry(at=seconds(one.at), seconds=one.seconds, status_code=one.status_code, error=one.error)
+            for one in found.tries
+        ]
+        return cls(
+            id=row.id,
+            created_at=seconds(row.created_at),
+            event_type=found.event_type,
+            data=About(id=found.about),
+            status=row.state,
+            next_try_at=maybe_seconds(row.next_try_at),
+            finished_at=maybe_seconds(row.finished_at),
+            tries=tries,
+        )
 
 
 class EndpointDeleted(Deleted):

@@ -23,6 +23,7 @@ from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.traffic.model import CapturedRequest
 from tunery.webhooks import endpoints
+from tunery.webhooks.model import Delivery
 
 PART: dict[str, Any] = {"files": {"data": ("upload", b"x")}}
 CHAT = {"messages": [{"role": "user", "content": "q"}]}
@@ -138,6 +139,10 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "list_webhook_endpoints": [("/v1/webhook_endpoints?after={endpoint}", {})],
     "retrieve_webhook_endpoint": [("/v1/webhook_endpoints/{endpoint}", {})],
     "update_webhook_endpoint": [("/v1/webhook_endpoints/{endpoint}", {"json": {"name": "mine"}})],
+    "list_webhook_deliveries": [
+        ("/v1/webhook_endpoints/{endpoint}/deliveries", {}),
+        ("/v1/webhook_endpoints/{own_endpoint}/deliveries?after={delivery}", {}),
+    ],
     "delete_webhook_endpoint": [("/v1/webhook_endpoints/{endpoint}", {})],
     "rotate_webhook_secret": [("/v1/webhook_endpoints/{endpoint}/rotate_secret", {})],
     "test_webhook_endpoint": [
@@ -186,6 +191,11 @@ def names(team: Team, make_team: Callable[..., Team], database: Database, base: 
         endpoint = endpoints.create(
             session, owner.id, name="e", url="https://1.1.1.1/", event_types=["fine_tuning.job.failed"], allow=()
         )
+        own_endpoint = endpoints.create(
+            session, other.id, name="o", url="https://1.1.1.1/", event_types=["fine_tuning.job.failed"], allow=()
+        )
+        delivery = Delivery(id="wh_theirs", event_id=event, endpoint_id=endpoint.id, next_try_at=func.now())
+        session.add(delivery)
         order = Order().model_dump(mode="json")
         measured = Baseline(
             id="ftbaseline-1", project_id=owner.id, model=base, eval_file=job.training_file, order=order
@@ -205,6 +215,8 @@ def names(team: Team, make_team: Callable[..., Team], database: Database, base: 
             "event": event,
             "checkpoint": f"ftckpt_{job.id}",
             "endpoint": endpoint.id,
+            "own_endpoint": own_endpoint.id,
+            "delivery": delivery.id,
             "base": base,
             "own": own_job.training_file,
             "own_job": own_job.id,

@@ -16,6 +16,9 @@ from teams import BASE
 
 from api.main import create_app
 from tunery.cli import comparing, output
+from tunery.jobs.states import State
+from tunery.keys import projects
+from tunery.webhooks import outbox
 from tunery.webhooks.model import WebhookEndpoint
 
 # --- chat -----------------------------------------------------------------------------------------------------------
@@ -149,6 +152,17 @@ def test_an_endpoint_from_creation_to_deletion(
         assert json.loads(tunery("webhooks", "show", endpoint)[1])["name"] == "ours"
         assert tunery("webhooks", "test", endpoint)[:2] == (0, "✓ the receiver answered 200\n")
         assert len(receiver.on("/hook")) == 1
+        assert "No deliveries yet" in tunery("webhooks", "deliveries", endpoint)[2]
+        with database.sessions.begin() as session:
+            job = rows.job(session, projects.find_project(session, "default"), State.FAILED).id
+        receiver.behaviours["/hook"] = answer(503)
+        outbox.deliver_due(settings)
+        outcome = "pending: the receiver answered 503 (1 try)"
+        assert f"{outcome} (" in tunery("webhooks", "list")[1]
+        listed = tunery("webhooks", "deliveries", endpoint)[1]
+        assert job in listed
+        assert outcome in listed
+        assert json.loads(tunery("webhooks", "deliveries", endpoint, "--json")[1])[0]["tries"][0]["status_code"] == 503
         rotated = tunery("webhooks", "rotate", endpoint, "--keep-old")[1]
         assert rotated.startswith("whsec_")
         assert rotated != secret

@@ -38,7 +38,7 @@ def list_endpoints(context: typer.Context, limit: Limit = 50, json: AsJson = Fal
     if json:
         return output.as_json(found)
     output.table(
-        ("id", "name", "url", "status", "events", "age"),
+        ("id", "name", "url", "status", "last delivery", "events", "age"),
         (_cells(endpoint) for endpoint in found),
         empty="No endpoints: `tunery webhooks create URL` makes one.",
     )
@@ -49,13 +49,47 @@ def _cells(endpoint: dict[str, Any]) -> Sequence[Any]:
     status = "disabled" if endpoint["disabled_reason"] else "active"
     events = ", ".join(name.removeprefix("fine_tuning.job.") for name in endpoint["event_types"])
     named = (endpoint["id"], endpoint["name"], endpoint["url"])
-    return (*named, output.status(status), events, output.age(endpoint["created_at"]))
+    last = endpoint["last_delivery"]
+    outcome = f"{_outcome(last)} ({output.age(last['created_at'])})" if last else "-"
+    return (*named, output.status(status), outcome, events, output.age(endpoint["created_at"]))
+
+
+def _outcome(delivery: dict[str, Any]) -> str:
+    """Returns `delivered`, or with what error how many tries failed: `pending: the receiver answered 500 (3 tries)`."""
+    failed = [one["error"] for one in delivery["tries"] if one["error"]]
+    if delivery["status"] == "delivered" or not failed:
+        return str(delivery["status"])
+    return f"{delivery['status']}: {failed[-1]} ({len(failed)} {'try' if len(failed) == 1 else 'tries'})"
 
 
 @app.command("show")
 def show_endpoint(context: typer.Context, endpoint: Endpoint) -> None:
-    """Show an endpoint as JSON; `disabled_reason` says why it is disabled."""
+    """Show an endpoint as JSON: why it is disabled, and what came of its last event."""
     output.as_json(connect(context).call("GET", f"{ROOT}/{endpoint}"))
+
+
+@app.command("deliveries")
+def list_deliveries(context: typer.Context, endpoint: Endpoint, limit: Limit = 20, json: AsJson = False) -> None:
+    """List the events for an endpoint and what came of them, newest first."""
+    found = connect(context).pages(f"{ROOT}/{endpoint}/deliveries", limit=limit)
+    if json:
+        return output.as_json(found)
+    output.table(
+        ("id", "event", "about", "outcome", "next try", "age"),
+        (
+            (
+                one["id"],
+                one["event_type"],
+                one["data"]["id"],
+                _outcome(one),
+                output.clock(one["next_try_at"]) if one["next_try_at"] else "-",
+                output.age(one["created_at"]),
+            )
+            for one in found
+        ),
+        empty="No deliveries yet: `tunery webhooks test ENDPOINT` sends a test event, which is not listed here.",
+    )
+    return None
 
 
 @app.command("test")

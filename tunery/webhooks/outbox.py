@@ -67,10 +67,18 @@ def fan_out(session: Session) -> int:
     return made
 
 
-def _type(event: Event) -> str:
+def type_of(event: Event) -> str:
+    """Returns the event's type, as endpoints subscribe to it."""
     if isinstance(event, Baseline):
         return messages.baseline_event_type(event.status)
     return (messages.file_event_type if isinstance(event, FileEvent) else messages.event_type)(event.outcome or "")
+
+
+def about(event: Event) -> str:
+    """Returns the id of the job, file or baseline that the event is about."""
+    if isinstance(event, Baseline):
+        return event.id
+    return event.file_id if isinstance(event, FileEvent) else event.job_id
 
 
 def _at(event: Event) -> datetime:
@@ -92,7 +100,7 @@ def _owed(session: Session, event: Event) -> list[dict[str, object]]:
         .where(WebhookEndpoint.project_id == _project(event).scalar_subquery())
         .where(WebhookEndpoint.created_at <= _at(event))
         .where(WebhookEndpoint.deleted_at.is_(None), WebhookEndpoint.disabled_at.is_(None))
-        .where(WebhookEndpoint.event_types.contains([_type(event)]))
+        .where(WebhookEndpoint.event_types.contains([type_of(event)]))
     )
     column = {JobEvent: "event_id", FileEvent: "file_event_id", Baseline: "baseline_id"}[type(event)]
     none = dict.fromkeys(("event_id", "file_event_id", "baseline_id"))
@@ -203,7 +211,7 @@ def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, even
 
 
 def _body(session: Session, event: Event) -> bytes:
-    named = (messages.event_id(event.id), _type(event), _at(event))
+    named = (messages.event_id(event.id), type_of(event), _at(event))
     if isinstance(event, Baseline):
         return messages.encode(*named, event.id)
     if isinstance(event, FileEvent):
