@@ -133,10 +133,10 @@ def stages(path: Path, base: Path) -> dict[str, Any]:
     groups = [examples[at : at + 128] for at in range(0, len(examples), 128)]
     prepared = [template.render_ahead(group) for group in groups]
     found["ask for texts"] = _time(sources, lambda: [template.render_ahead(group) for group in groups])
-    encode = partial(CHATS.encode, line_number=1, max_length=_MAX_LENGTH, role="training")
+    encode = partial(CHATS.encode, name="example 1", max_length=_MAX_LENGTH, role="training")
     pairs = [(ahead, example) for ahead, group in zip(prepared, groups, strict=True) for example in group]
     found["tokenise"] = _time(sources, lambda: deque((encode(ahead, example) for ahead, example in pairs), maxlen=0))
-    judged = [Judged(1, example, encode(ahead, example)) for ahead, example in pairs]
+    judged = [Judged(1, "example 1", example, encode(ahead, example)) for ahead, example in pairs]
     found["sum up"] = _time(sources, lambda: _judge(None, "training", 0, False, iter(judged)))
     found["render"] = _time(sources, lambda: _render(base, examples))
     return {"rows": len(sources), "us_a_row": found}

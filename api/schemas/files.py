@@ -191,6 +191,7 @@ PREVIEW: dict[str, Any] = {
         {
             "number": 1,
             "line": None,
+            "name": "example 1",
             "sequences": [
                 {
                     "tokens": [

@@ -47,7 +47,7 @@ def test_faults_are_named_and_end_with_1(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"prompt": "q", "completion": "a"}, {"prompt": "q"}], indent=1))
     result = CliRunner().invoke(app, ["check", str(path), str(SHAPES / "refused_kto.jsonl")])
     assert result.exit_code == 1
-    assert "Example 2 (line 6): Unexpected file format, expected prompt/completion as in row 1" in result.output
+    assert "Example 2 (line 6): Unexpected file format, expected prompt/completion as in example 1" in result.output
     assert "marks the answer as good or bad (KTO)" in result.output
 
 

@@ -32,7 +32,7 @@ def test_marks_show_what_is_learned_without_colours(tunery: Run, base: Path, fil
     status, said, _ = tunery("files", "preview", file, "--model", base, "-n", 1)
 
     assert status == 0
-    assert "Row 1  4 trained, " in said
+    assert "Example 1  4 trained, " in said
     assert "<|im_start|>assistant↵\n⟦a↵\nb<|im_end|>⟧↵" in said
     assert "✓ The token that ends a turn is learned at the end of every answer" in said
 
@@ -58,7 +58,7 @@ def test_failed_check_ends_with_1_and_says_what_to_change(tunery: Run, base: Pat
     status, said, _ = tunery("files", "preview", file, "--model", base, "-n", 2, "--max-tokens", 20)
 
     assert status == 1
-    assert "✗ Every sequence has tokens that are learned: not in rows 1, 2. Raise max_seq_length" in said
+    assert "✗ Every sequence has tokens that are learned: not in example 1, example 2. Raise max_seq_length" in said
 
 
 def test_page_and_json_are_written(tunery: Run, base: Path, file: Path, tmp_path: Path) -> None:

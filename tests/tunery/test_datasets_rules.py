@@ -62,14 +62,15 @@ def test_the_lines_of_further_faults_are_named() -> None:
     with pytest.raises(InvalidTrainingFile) as caught:
         check_examples([row(), b'{"messages": []}\n'] * 9)
     assert "Example 2 'messages'" in caught.value.message
-    assert caught.value.message.endswith("More rows are invalid: examples 4, 6, 8, 10, 12 and 3 more.")
+    named = ", ".join(f"example {number}" for number in (4, 6, 8, 10, 12))
+    assert caught.value.message.endswith(f"More rows are invalid: {named} and 3 more.")
 
 
 def test_further_faults_of_a_table_are_numbered_as_the_first() -> None:
     with pytest.raises(InvalidTrainingFile) as caught:
         check_examples([b"Frage,Antwort\n" + b"q,a\n" * 3])
     assert "Example 1 (line 2): " in caught.value.message
-    assert caught.value.message.endswith("More rows are invalid: examples 2, 3.")
+    assert caught.value.message.endswith("More rows are invalid: example 2 (line 3), example 3 (line 4).")
 
     with pytest.raises(InvalidTrainingFile, match=r"and 94 more; later rows were not read\.$"):
         check_examples([b'{"messages": []}\n'] * 1000)
@@ -87,6 +88,8 @@ def test_what_the_models_template_refuses_is_found_before_training() -> None:
     assert check_examples(rows, template=template()).examples == 11
     with pytest.raises(InvalidTrainingFile, match=r"Example 11: .*roles must alternate"):
         check_examples(rows, template=template(MISTRAL_LIKE))
+    with pytest.raises(InvalidTrainingFile, match=r"Example 11 \(line 12\): .*roles must alternate"):
+        check_examples([b"[\n", b",".join(rows), b"]"], template=template(MISTRAL_LIKE))
 
 
 def test_a_test_row_ends_with_the_wanted_answer() -> None:

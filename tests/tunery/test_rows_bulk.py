@@ -38,7 +38,7 @@ def one_by_one(made: ChatTemplate, data: bytes, encoder: RowEncoder) -> list[Any
     for source in read_rows([data], "training"):
         try:
             parsed = encoder.parse(source, "training")
-            found.append(encoder.encode(made, parsed, source.number, max_length=90, role="training"))
+            found.append(encoder.encode(made, parsed, source.name, max_length=90, role="training"))
         except InvalidTrainingFile as fault:
             found.append(fault.message)
     return found

@@ -193,7 +193,7 @@ def test_a_text_beside_other_empty_columns_is_plain() -> None:
     ("row", "reason"),
     [
         ({"prompt": "q", "completion": "a"}, "the row has none of the columns 'Frage', 'Antwort'. It has 'prompt'"),
-        ({"Frage": "q"}, "expected prompt/completion as in row 1: the key 'Antwort' is missing."),
+        ({"Frage": "q"}, "expected prompt/completion as in example 1: the key 'Antwort' is missing."),
     ],
 )
 def test_row_without_a_named_column_says_which(row: dict[str, Any], reason: str) -> None:

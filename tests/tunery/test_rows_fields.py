@@ -245,19 +245,19 @@ VERDICTS = {
 @pytest.mark.parametrize("name", VERDICTS)
 def test_faulty_files_are_refused_with_line_and_field(name: str) -> None:
     source, reason = VERDICTS[name]
-    number, example = next(read_examples([(DATA / f"faults/{name}.jsonl").read_bytes()], "training"))
+    row, example = next(read_examples([(DATA / f"faults/{name}.jsonl").read_bytes()], "training"))
 
     with pytest.raises(InvalidTrainingFile, match=r"Example 1: The model's chat template") as caught:
-        encode_example(template_of(source), example, number, max_length=10_000)
+        encode_example(template_of(source), example, row, max_length=10_000)
     assert reason in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["tool_content_empty", "reasoning", "tool_result", "test_tool_rows"])
 def test_the_same_files_are_learned_where_the_template_shows_them(name: str) -> None:
     template = template_of(ALL)
-    for number, example in read_examples([(DATA / f"faults/{name}.jsonl").read_bytes()], "training"):
+    for row, example in read_examples([(DATA / f"faults/{name}.jsonl").read_bytes()], "training"):
         last = example.messages[-1]
-        [learned] = encode_example(template, example, number, max_length=10_000).sequences
+        [learned] = encode_example(template, example, row, max_length=10_000).sequences
         text = template.answer_text([label for label in learned.labels if label >= 0])
         for call in last.tool_calls or ():
             assert call.function.name in text

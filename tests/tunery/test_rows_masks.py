@@ -26,7 +26,7 @@ IN_ONE = sorted(SHAPES.keys() - {"qwen3"})
 def labels(template: ChatTemplate, turns: list[dict[str, Any]], loss_on: LossOn) -> list[tuple[list[int], list[int]]]:
     example = Example.model_validate({"messages": turns})
     encoder = find_encoder(Supervised(loss_on=loss_on), "training")
-    encoded = encoder.encode(template, example, 1, max_length=1000)
+    encoded = encoder.encode(template, example, "example 1", max_length=1000)
     return [(row.input_ids, row.labels) for row in encoded.sequences]
 
 
@@ -88,6 +88,6 @@ def test_last_assistant_refuses_a_last_answer_of_weight_0(both: tuple[ChatTempla
 @pytest.mark.parametrize("role", ["training", "validation"])
 def test_default_is_what_encode_example_does(both: tuple[ChatTemplate, Any], role: FileRole) -> None:
     example = Example.model_validate({"messages": TURNS})
-    found = find_encoder(Supervised(), role).encode(both[0], example, 1, max_length=1000, role=role)
+    found = find_encoder(Supervised(), role).encode(both[0], example, "example 1", max_length=1000, role=role)
 
-    assert found == encode_example(both[0], example, 1, max_length=1000, role=role)
+    assert found == encode_example(both[0], example, "example 1", max_length=1000, role=role)

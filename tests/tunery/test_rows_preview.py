@@ -159,7 +159,7 @@ def test_a_last_message_of_weight_0_needs_no_end(load: Load) -> None:
 
 def marked(template: ChatTemplate) -> Marked:
     rendered = CHATS.encode(template, CHATS.parse(next(iter(preview.read_rows(lines(ROWS), "training"))), "training"),
-                            1, max_length=10_000).sequences[0]  # fmt: skip
+                            "example 1", max_length=10_000).sequences[0]  # fmt: skip
     return Marked(rendered.input_ids, rendered.labels, 10_000)
 
 

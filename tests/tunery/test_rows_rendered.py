@@ -21,7 +21,7 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ((DOCUMENT, CHATML), "expected plain text as in row 1: this row has the shape ChatML text."),
+        ((DOCUMENT, CHATML), "expected plain text as in example 1: this row has the shape ChatML text."),
         ((CHATML, DOCUMENT), "'text' must be whole turns of ChatML"),
         ((DOCUMENT, {"text": "<s>" + CHATML["text"]}), "this row has the shape ChatML text."),
         ((DOCUMENT, {"text": "<s>[INST] q [/INST] a</s>"}), "'text' begins with '[INST]'"),

@@ -215,9 +215,9 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
 @pytest.mark.parametrize(
     ("first", "second", "reason"),
     [
-        (PAIR, CHAT, "expected prompt/completion as in row 1: this row has the shape chat messages."),
-        (CHAT, PAIR, "expected chat messages as in row 1: this row has the shape prompt/completion."),
-        (PAIR, {"prompt": "q"}, "expected prompt/completion as in row 1: the key 'completion' is missing."),
+        (PAIR, CHAT, "expected prompt/completion as in example 1: this row has the shape chat messages."),
+        (CHAT, PAIR, "expected chat messages as in example 1: this row has the shape prompt/completion."),
+        (PAIR, {"prompt": "q"}, "expected prompt/completion as in example 1: the key 'completion' is missing."),
         (PAIR, {"prompt": "q", "completion": None}, "the key 'completion' is missing."),
         (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this row has the shape chosen/rejected."),
         (PAIR, {"prompt": "q", "chosen": "a"}, "this is a preference row (DPO) without one of its two answers."),

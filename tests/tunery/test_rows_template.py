@@ -206,7 +206,7 @@ def test_the_templates_own_refusal_names_the_line() -> None:
     row = example("q", "a", {"role": "assistant", "content": "b"})
 
     with pytest.raises(InvalidTrainingFile, match=r"Example 7: .*roles must alternate") as caught:
-        encode_example(TEMPLATES["mistral"], row, 7, max_length=LONG)
+        encode_example(TEMPLATES["mistral"], row, "example 7", max_length=LONG)
     assert caught.value.param == "training_file"
 
 

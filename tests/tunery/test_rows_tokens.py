@@ -50,8 +50,8 @@ def together(template: ChatTemplate, example: Example) -> list[int]:
 def test_indented_answers_are_learned_from_the_first_blank() -> None:
     template = template_of(blanks_together())
     data = (DATA / "faults/indented_answer.jsonl").read_bytes()
-    for number, example in read_examples([data], "training"):
-        [row] = encode_example(template, example, number, max_length=10_000).sequences
+    for name, example in read_examples([data], "training"):
+        [row] = encode_example(template, example, name, max_length=10_000).sequences
         prompt = template.encode_prompt(example.messages[:1])
 
         assert learned(template, row) == f"{example.messages[1].content}<|im_end|>"
@@ -153,8 +153,8 @@ def test_what_follows_is_left_out_where_it_changes_the_stop_token() -> None:
 def test_markers_in_answers_stay_text() -> None:
     template = template_of(tokenizer())
     data = (DATA / "faults/markers.jsonl").read_bytes()
-    for number, example in read_examples([data], "training"):
-        encoded = encode_example(template, example, number, max_length=10_000)
+    for name, example in read_examples([data], "training"):
+        encoded = encode_example(template, example, name, max_length=10_000)
         [row] = encoded.sequences
         stops = [label for label in row.labels if label in template.eos_ids]
 

@@ -50,7 +50,7 @@ def print_preview(made: Preview) -> None:
             output.console.print(_tokens(sequence), soft_wrap=True)
     for check in made.checks:
         sign = Text("✓ ", style="green") if check.passed else Text("✗ ", style="red")
-        failed = "" if check.passed else f": not in {check.where}. {check.advice}"
+        failed = "" if check.passed else f": not in {made.where(check)}. {check.advice}"
         output.console.print(sign + Text(check.what + failed), soft_wrap=True)
 
 
@@ -63,7 +63,7 @@ def _title(row: PreviewRow) -> Text:
     counts = ", then ".join(
         f"{sequence.trained} trained, {sequence.masked} masked, {sequence.cut} cut" for sequence in row.sequences
     )
-    return Text.assemble("\n", (f"Row {row.number}", "bold"), "  ", row.error or counts)
+    return Text.assemble("\n", (row.name.capitalize(), "bold"), "  ", row.error or counts)
 
 
 def _tokens(sequence: Sequence) -> Text:

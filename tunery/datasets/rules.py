@@ -170,10 +170,10 @@ def check_examples(
     `least`: examples that it must have (a training file 10, others 1). `encoder`: of the job's method. Without a
     template, rows are judged by their own form only. `answered`: how many rows a model is going to answer, from the
     start. `overlap` is shown each good line.
-    Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
+    Raises InvalidTrainingFile, with the first fault and the names of the others, or InvalidNExamples.
     """
     summary = Summary(shape=FileShape(encoder.columns))
-    faults: dict[int, InvalidTrainingFile] = {}
+    faults: dict[str, InvalidTrainingFile] = {}
     judge = partial(_judge, template, role, answered, overlap is not None)
     try:
         with closing(digest_rows(chunks, Reading(role, encoder, template, max_length), judge, summary.shape)) as parts:
@@ -200,11 +200,12 @@ def check_examples(
 
 @dataclass
 class _Part:
-    """What is found in a group of rows. `digests`: the good lines' numbers and conversations. `is_last`: no further row
+    """What is found in a group of rows. `faults`: by the rows' names. `digests`: the good rows' numbers
+    and conversations. `is_last`: no further row
     is worth reading."""
 
     summary: Summary = field(default_factory=Summary)
-    faults: dict[int, InvalidTrainingFile] = field(default_factory=dict)
+    faults: dict[str, InvalidTrainingFile] = field(default_factory=dict)
     digests: list[tuple[int, bytes]] = field(default_factory=list)
     is_last: bool = False
 
@@ -217,11 +218,11 @@ def _judge(
         try:
             example = _take(part.summary, row)
             if template is not None:
-                _check_answer(part.summary, row.number, template, example, role, answered)
+                _check_answer(part.summary, row, template, example, role, answered)
             if compared:
                 part.digests.append((row.number, _digest(example)))
         except InvalidTrainingFile as fault:
-            part.faults[row.number] = fault
+            part.faults[row.name] = fault
             part.is_last = len(part.faults) == _MOST_FAULTS or _is_exhausting(fault)
             if part.is_last:
                 break
@@ -246,31 +247,29 @@ def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
         )
 
 
-def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
-    """Returns the first fault in full, with the numbers of the others as that one names its own, so that the owner can
-    correct all."""
+def _all_of(faults: dict[str, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
+    """Returns the first fault in full, with the names of the other rows, so that the owner can correct all."""
     first, *others = faults
     reason = faults[first].fields["reason"]
     if others:
         reason += (
             " More rows are invalid: "
-            f"{_numbered('example', others)}{'; later rows were not read' if len(faults) == _MOST_FAULTS else ''}."
+            f"{_shown(others)}{'; later rows were not read' if len(faults) == _MOST_FAULTS else ''}."
         )
     return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
 
 
 def _lines(numbers: list[int]) -> str:
-    return _numbered("line", numbers)
-
-
-def _numbered(what: str, numbers: list[int]) -> str:
-    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
+    return f"line{'s' if len(numbers) > 1 else ''} {_shown(list(map(str, numbers)))}"
 
 
 def _names(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(f"'{key[:40]}'" for key in keys[:_SHOWN]) + more
+    return _shown([f"'{key[:40]}'" for key in keys])
+
+
+def _shown(some: list[str]) -> str:
+    more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
+    return ", ".join(some[:_SHOWN]) + more
 
 
 def _take(summary: Summary, row: Judged) -> Example:
@@ -315,18 +314,18 @@ def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
 
 
 def _check_answer(
-    summary: Summary, number: int, template: ChatTemplate, example: Example, role: FileRole, answered: int
+    summary: Summary, row: Judged, template: ChatTemplate, example: Example, role: FileRole, answered: int
 ) -> None:
     is_answered = len(summary.answer_tokens) < answered
     if (role != "test" and not is_answered) or not is_answerable(example):
         return
     if role == "test" and isinstance(example, Pair):  # its answers are compared, not generated
         return
-    _, wanted = encode_answer(template, example, number)
+    _, wanted = encode_answer(template, example, row.name)
     if role == "test" and not template.answer_text(wanted).strip():
-        summary.unscorable.append(number)
+        summary.unscorable.append(row.number)
     if is_answered:
-        summary.answer_tokens.append((number, template.answer_length(wanted)))
+        summary.answer_tokens.append((row.number, template.answer_length(wanted)))
 
 
 class Overlap:

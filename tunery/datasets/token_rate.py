@@ -40,7 +40,7 @@ def _measure(chunks: Iterable[bytes], template: ChatTemplate, shape: FileShape) 
             left -= row.size
             if left < 0 and size:
                 break
-            encoded = ANY_METHOD.encode(template, example, source.number, max_length=_UNCUT, role="training")
+            encoded = ANY_METHOD.encode(template, example, source.name, max_length=_UNCUT, role="training")
         except InvalidTrainingFile:  # the report names it
             continue
         tokens += encoded.trained_tokens

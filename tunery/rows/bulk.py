@@ -31,9 +31,11 @@ PROCESSES_FROM = 8000
 
 
 class Judged(NamedTuple):
-    """A row with its encoding, or with its fault. `encoded` is None without a template."""
+    """A row with its encoding, or with its fault. `number`, `name`: see `SourceRow`. `encoded` is None without a
+    template."""
 
     number: int
+    name: str
     example: Example | None = None
     encoded: Encoded | None = None
     fault: InvalidTrainingFile | None = None
@@ -147,10 +149,11 @@ def _encode_groups(groups: Iterator[_Group], reading: Reading) -> Iterator[Itera
 
 
 def _parse_row(source: SourceRow, reading: Reading) -> Judged:
+    row = Judged(source.number, source.name)
     try:
-        return Judged(source.number, reading.encoder.parse(jsonl.parse(source), reading.role))
+        return row._replace(example=reading.encoder.parse(jsonl.parse(source), reading.role))
     except InvalidTrainingFile as fault:
-        return Judged(source.number, fault=fault)
+        return row._replace(fault=fault)
 
 
 def _render_ahead(template: ChatTemplate, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, ChatTemplate]]:
@@ -181,8 +184,8 @@ def _encode(row: Judged, template: ChatTemplate, reading: Reading) -> Judged:
         return row
     try:
         encoded = reading.encoder.encode(
-            template, row.example, row.number, max_length=reading.max_length, role=reading.role
+            template, row.example, row.name, max_length=reading.max_length, role=reading.role
         )
     except InvalidTrainingFile as fault:
-        return Judged(row.number, row.example, fault=fault)
-    return Judged(row.number, row.example, encoded)
+        return row._replace(fault=fault)
+    return row._replace(encoded=encoded)

@@ -60,30 +60,30 @@ def split_rows(chunks: Iterable[bytes], role: FileRole, shape: FileShape | None 
         raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error
 
 
-def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int, Example]]:
-    """Yields a file's examples with their line numbers. Raises InvalidTrainingFile."""
+def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[str, Example]]:
+    """Yields a file's examples with the names of their rows. Raises InvalidTrainingFile."""
     for row in read_rows(chunks, role):
-        yield row.number, parse_row(row, role)
+        yield row.name, parse_row(row, role)
 
 
 def encode_example(
     template: ChatTemplate,
     example: Example,
-    line_number: int,
+    name: str,
     *,
     max_length: int,
     role: FileRole = "training",
     loss_on: LossOn = "assistant",
 ) -> Encoded:
-    """Encodes one line: an example of one sequence, or one for each answer if the template renders earlier answers
-    differently. Raises InvalidTrainingFile, naming the line."""
+    """Encodes one row: an example of one sequence, or one for each answer if the template renders earlier answers
+    differently. `name`: see `SourceRow`. Raises InvalidTrainingFile, naming the row."""
     try:
         if isinstance(example, PlainText):
             sequences = [template.encode_text(example.messages[0].content or "", max_length)]
         else:
             sequences = template.encode_all(example, max_length, loss_on)
     except CannotRender as error:
-        raise invalid(role, line_number, error.message) from error
+        raise invalid(role, name, error.message) from error
     return Encoded(
         [[sequence] for sequence in sequences if sequence.trained_tokens],
         truncated=any(sequence.truncated for sequence in sequences),
@@ -92,20 +92,18 @@ def encode_example(
 
 
 def encode_pair(
-    template: ChatTemplate, pair: Pair, line_number: int, *, max_length: int, role: FileRole = "training"
+    template: ChatTemplate, pair: Pair, name: str, *, max_length: int, role: FileRole = "training"
 ) -> Encoded:
     """Encodes an example of two sequences: the prompt with the preferred answer, and with the other one. There is none
-    if the cut takes either answer, or the difference between them. Raises InvalidTrainingFile, naming the line."""
-    both = [
-        encode_example(template, chat, line_number, max_length=max_length, role=role) for chat in (pair, pair.rejected)
-    ]
+    if the cut takes either answer, or the difference between them. Raises InvalidTrainingFile, naming the row."""
+    both = [encode_example(template, chat, name, max_length=max_length, role=role) for chat in (pair, pair.rejected)]
     truncated = any(encoded.truncated for encoded in both)
     rows = [row for encoded in both for row in encoded.sequences]
     differ = len(rows) == 2 and rows[0].input_ids != rows[1].input_ids
     if not differ and not truncated:
         raise invalid(
             role,
-            line_number,
+            name,
             "The model's chat template renders both answers identically. Correct one of them, or remove the row.",
         )
     spelled = tuple(dict.fromkeys(token for encoded in both for token in encoded.spelled_special))
@@ -113,10 +111,10 @@ def encode_pair(
 
 
 def encode_whole(
-    encode: Callable[..., Encoded], template: ChatTemplate, example: Example, line_number: int, **options: Any
+    encode: Callable[..., Encoded], template: ChatTemplate, example: Example, name: str, **options: Any
 ) -> Encoded:
     """Encodes an example by `encode`, without the sequences in which the cut takes a part of an answer."""
-    encoded = encode(template, example, line_number, **options)
+    encoded = encode(template, example, name, **options)
     whole = [rows for rows in encoded.examples if not any(row.answer_cut for row in rows)]
     return encoded._replace(examples=whole, left_out=len(whole) < len(encoded.examples))
 
@@ -125,7 +123,7 @@ def encode_whole(
 class RowEncoder:
     """How a method reads a file: `parse` takes a row and its file's role, `encode` the arguments of `encode_example`.
 
-    The parsed row is an Example or a subclass. Both raise InvalidTrainingFile, naming the line.
+    The parsed row is an Example or a subclass. Both raise InvalidTrainingFile, naming the row.
     """
 
     parse: Callable[[SourceRow, FileRole], Example]
@@ -135,7 +133,7 @@ class RowEncoder:
 
 
 def parse_any(source: SourceRow, role: FileRole) -> Example:
-    """Returns a chat, or a Pair where the file's first row is one. Raises InvalidTrainingFile, naming the line."""
+    """Returns a chat, or a Pair where the file's first row is one. Raises InvalidTrainingFile, naming the row."""
     shape = source.shape or FileShape()
     try:
         is_pair = isinstance(shape.shape or pairs.detect(shape.load(source)), PairShape)
@@ -144,11 +142,11 @@ def parse_any(source: SourceRow, role: FileRole) -> Example:
     return parse_pair(source, role) if is_pair else parse_row(source, role)
 
 
-def encode_any(template: ChatTemplate, example: Example, line_number: int, **options: Any) -> Encoded:
+def encode_any(template: ChatTemplate, example: Example, name: str, **options: Any) -> Encoded:
     """Encodes a Pair by `encode_pair`, a chat by `encode_example`."""
     if isinstance(example, Pair):
-        return encode_pair(template, example, line_number, **options)
-    return encode_example(template, example, line_number, **options)
+        return encode_pair(template, example, name, **options)
+    return encode_example(template, example, name, **options)
 
 
 CHATS = RowEncoder(parse_row, encode_example)
@@ -185,15 +183,15 @@ def encoder_of_any(loss_on: LossOn, columns: Columns | None = None) -> RowEncode
     return CHATS_OR_PAIRS if columns is None else replace(CHATS_OR_PAIRS, columns=columns.named)
 
 
-def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:
+def encode_answer(template: ChatTemplate, example: Example, name: str) -> tuple[list[int], list[int]]:
     """Returns the ids of a test row's prompt, and those of its reference answer, the last message, uncut.
 
-    Raises InvalidTrainingFile, naming the line.
+    Raises InvalidTrainingFile, naming the row.
     """
     try:
         return template.encode_answer(example)
     except CannotRender as error:
-        raise invalid("test", line_number, error.message) from error
+        raise invalid("test", name, error.message) from error
 
 
 def nothing_trained(role: FileRole, max_length: int) -> InvalidTrainingFile:

@@ -26,6 +26,12 @@ class SourceRow(NamedTuple):
     text: str | None = None
     is_table: bool = False
 
+    @property
+    def name(self) -> str:
+        """The row's name in messages: `example 3`, with its line where the two differ."""
+        beside = f" (line {self.line})" if self.line not in (None, self.number) else ""
+        return f"example {self.number}{beside}"
+
     def load(self) -> dict[str, Any]:
         """Returns the row's fields. Raises ValueError, with a readable reason, if it has none."""
         if self.fields is None:

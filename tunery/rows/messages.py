@@ -349,9 +349,9 @@ def parse_line(text: str, line_number: int, role: FileRole = "training") -> Exam
 
 
 def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
-    """Parses one row of a file, whose shape its first row decides. Raises InvalidTrainingFile, naming line and message
+    """Parses one row of a file, whose shape its first row decides. Raises InvalidTrainingFile, naming row and message
     (from 1)."""
-    line_number, shape = source.number, source.shape or FileShape()
+    shape = source.shape or FileShape()
     try:
         fields = shape.convert(source)
         if isinstance(shape.shape, PairShape):
@@ -362,22 +362,17 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
         example = (PlainText if is_plain else Example).model_validate(fields)
     except ValidationError as error:
         where, reason = reasons.locate(error.errors()[0])
-        raise invalid(role, line_number, reason, beside(source) + where) from None
+        raise invalid(role, source.name, reason, where) from None
     except ValueError as error:
-        raise invalid(role, line_number, str(error), f"{beside(source)}:") from None
+        raise invalid(role, source.name, str(error)) from None
     if role == "test" and example.messages[-1].role != "assistant":
         reason = "does not end with an assistant message, the expected answer. Add it."
-        raise invalid(role, line_number, reason, "")
+        raise invalid(role, source.name, reason, "")
     return example
 
 
-def beside(source: SourceRow) -> str:
-    """Returns the row's line in words, to follow its number, if the two differ."""
-    return f" (line {source.line})" if source.line not in (None, source.number) else ""
-
-
-def invalid(role: FileRole, line_number: int, reason: str, where: str = ":") -> InvalidTrainingFile:
-    """Returns the error for a line of a job's `role` file; `where` follows the line's number."""
+def invalid(role: FileRole, name: str, reason: str, where: str = ":") -> InvalidTrainingFile:
+    """Returns the error for a row of a job's `role` file. `name`: see `SourceRow`; `where` follows it."""
     return InvalidTrainingFile(
-        param=f"{role}_file", role=role, reason=f"Invalid file format. Example {line_number}{where} {reason}"
+        param=f"{role}_file", role=role, reason=f"Invalid file format. {name.capitalize()}{where} {reason}"
     )

@@ -8,7 +8,7 @@ from pydantic import ValidationError, model_validator
 
 from tunery.rows import filled, keys, reasons
 from tunery.rows.formats import SourceRow
-from tunery.rows.messages import Example, FileRole, Message, beside, invalid, read_functions, refuse
+from tunery.rows.messages import Example, FileRole, Message, invalid, read_functions, refuse
 from tunery.rows.pairs import PairShape
 from tunery.rows.shapes import FileShape
 
@@ -43,7 +43,7 @@ class Pair(Example):
 
 
 def parse_pair(source: SourceRow, role: FileRole = "training") -> Pair:
-    """Parses one row of a file of pairs. Raises InvalidTrainingFile, naming line and message (from 1)."""
+    """Parses one row of a file of pairs. Raises InvalidTrainingFile, naming row and message (from 1)."""
     shape = source.shape or FileShape()
     try:
         fields = shape.convert(source)
@@ -52,9 +52,9 @@ def parse_pair(source: SourceRow, role: FileRole = "training") -> Pair:
         return Pair.model_validate(fields)
     except ValidationError as error:
         where, reason = _locate(error, len(fields["messages"]), shape.used)
-        raise invalid(role, source.number, reason, beside(source) + where) from None
+        raise invalid(role, source.name, reason, where) from None
     except ValueError as error:
-        raise invalid(role, source.number, str(error), f"{beside(source)}:") from None
+        raise invalid(role, source.name, str(error)) from None
 
 
 def _locate(error: ValidationError, count: int, used: Mapping[str, str]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ Ids and labels are those of the rows' encoder, through which the trainer reads: 
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
@@ -63,24 +64,28 @@ def _preview_row(
     try:
         _check_length(source, role)
         example = encoder.parse(source, role)
-        encoded = encoder.encode(template, example, source.number, max_length=_UNCUT, role=role)
+        encoded = encoder.encode(template, example, source.name, max_length=_UNCUT, role=role)
     except InvalidTrainingFile as error:
         checker.refuse(source.number)
         reason = str(error.fields["reason"])
-        return PreviewRow(number=source.number, line=source.line, error=reason, failed=["rows_are_read"])
+        return _shown(source, error=reason, failed=["rows_are_read"])
     failed |= checker.check_roles(source.number, example)
     ends_unlearned = example.messages[-1].role == "assistant" and not example.messages[-1].is_trained
     marked = [Marked(rendered.input_ids, rendered.labels, max_tokens, ends_unlearned) for rendered in encoded.sequences]
     for sequence in marked:
         failed |= checker.check_sequence(source.number, sequence)
     sequences = [describe(template, sequence) for sequence in marked]
-    return PreviewRow(number=source.number, line=source.line, sequences=sequences, failed=sorted(failed))
+    return _shown(source, sequences=sequences, failed=sorted(failed))
+
+
+def _shown(source: SourceRow, **found: Any) -> PreviewRow:
+    return PreviewRow(number=source.number, line=source.line, name=source.name, **found)
 
 
 def _check_length(source: SourceRow, role: FileRole) -> None:
     fields = source.fields or {}
     if sum(len(str(value)) for value in fields.values()) > MOST_CHARACTERS:
-        reason = f"Example {source.number} is longer than {MOST_CHARACTERS:,} characters, too long for a preview."
+        reason = f"{source.name.capitalize()} is longer than {MOST_CHARACTERS:,} characters, too long for a preview."
         raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
 
 

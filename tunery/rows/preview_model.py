@@ -34,6 +34,7 @@ class PreviewRow(_Sealed):
 
     number: int
     line: int | None = Field(None, description="The line on which the row begins, if it differs from its number")
+    name: str = Field("", description="The row's name in messages")
     sequences: list[Sequence] = []
     failed: list[str] = Field([], description="Names of the failed checks")
     error: str | None = Field(None, description="Why the row cannot be used for training")
@@ -46,11 +47,6 @@ class Check(_Sealed):
     passed: bool
     what: str = Field(description="What the check requires")
     rows: list[int] = Field([], description="Rows that fail the check")
-
-    @property
-    def where(self) -> str:
-        """The rows that fail, in words."""
-        return f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows))}"
 
     advice: str | None = Field(None, description="What to change if it fails")
 
@@ -65,3 +61,7 @@ class Preview(_Sealed):
     rows: list[PreviewRow]
     checks: list[Check]
     passed: bool = Field(description="Whether every check passes")
+
+    def where(self, check: Check) -> str:
+        """Returns the names of the rows that fail a check."""
+        return ", ".join(row.name for row in self.rows if row.number in check.rows)

@@ -44,11 +44,11 @@ left out.</p>
 <ul>
 {%- for check in made.checks %}
 <li class="{{ 'yes' if check.passed else 'no' }}"><b>{{ "✓" if check.passed else "✗" }}</b>{{ check.what }}
-{%- if not check.passed %}: not in {{ check.where }}. {{ check.advice }}{% endif %}</li>
+{%- if not check.passed %}: not in {{ made.where(check) }}. {{ check.advice }}{% endif %}</li>
 {%- endfor %}
 </ul>
 {%- for row in made.rows %}
-<h2>Row {{ row.number }}{% if row.line and row.line != row.number %} (line {{ row.line }}){% endif %}</h2>
+<h2>{{ row.name | capitalize }}</h2>
 {%- if row.error %}
 <p class="no">✗ {{ row.error }}</p>
 {%- endif %}

@@ -50,7 +50,7 @@ class FileShape:
         self.columns = dict(columns or {})
         self.shape: Shape | None = None
         self.used: dict[str, str] = {}
-        self._first = 0
+        self._first = ""
 
     def load(self, source: SourceRow) -> dict[str, Any]:
         """Returns a row's non-null fields, by the names that shapes use. Raises ValueError if a column is missing."""
@@ -67,7 +67,7 @@ class FileShape:
         """Returns a row's fields with `messages`. Raises ValueError, also if its shape differs from the first row's."""
         row = self.load(source)
         if self.shape is None:
-            self.shape, self._first = self._detect(row, source), source.number
+            self.shape, self._first = self._detect(row, source), source.name
         if not self.shape.fits(row):
             row |= self._empty_texts(source)
             if not self.shape.fits(row):
@@ -139,7 +139,7 @@ class FileShape:
 
     def _differs(self, row: dict[str, Any]) -> str:
         assert self.shape is not None, "there is a shape to differ from"
-        expected = f"{_START}, expected {self.shape.name} as in row {self._first}"
+        expected = f"{_START}, expected {self.shape.name} as in {self._first}"
         try:
             other = detect(row).name
         except ValueError:

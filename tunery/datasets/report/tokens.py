@@ -46,7 +46,7 @@ class Lengths:
             if most < 0:
                 return
             try:
-                encoded = ANY_METHOD.encode(self.template, example, source.number, max_length=_UNCUT, role="training")
+                encoded = ANY_METHOD.encode(self.template, example, source.name, max_length=_UNCUT, role="training")
             except InvalidTrainingFile as error:
                 self.findings.append(invalid_row(source.number, str(error.fields["reason"])))
                 continue

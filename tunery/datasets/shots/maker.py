@@ -1,7 +1,7 @@
 """Prompts with examples, made of an eval file's rows and written as chats."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from tunery.failures import InvalidTrainingFile
 from tunery.planning.advice import answer_limit
 from tunery.planning.prompting import MOST_SHOTS, Prompts, ShotsOrder, Variant
 from tunery.rows.encoding import CHATS, encode_answer, read_rows
+from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, Message, is_answerable
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
@@ -21,13 +22,13 @@ from tunery.spec import Columns, Evaluation, named_columns
 
 @dataclass(frozen=True)
 class _Case:
-    """What prompts are made of: eval rows and examples, as they are sent and as they are compared."""
+    """What prompts are made of: eval rows, by their names, and examples, as they are sent and as they are compared."""
 
     folder: Path
     order: ShotsOrder
     template: ChatTemplate
     limit: int
-    asked: list[Example]
+    asked: dict[str, Example]
     shown: list[Example]
     questions: list[Row]
     known: list[Row]
@@ -35,10 +36,11 @@ class _Case:
 
 def make(folder: Path, order: ShotsOrder) -> Prompts:
     """Writes the prompts of each variant into `folder`/prompts. Raises InvalidTrainingFile."""
-    asked = [example for _, example in islice(_read(folder / "rows", "test", order.columns), order.max_rows)]
-    questions = [report_rows.of_example(line, example) for line, example in enumerate(asked, start=1)]
+    read = islice(_read(folder / "rows", "test", order.columns), order.max_rows)
+    asked = {row.name: example for row, example in read}
+    questions = [report_rows.of_example(place, example) for place, example in enumerate(asked.values())]
     shown, left_out = _examples(folder / "examples", questions, order.columns)
-    known = [report_rows.of_example(line, example) for line, example in enumerate(shown)]
+    known = [report_rows.of_example(place, example) for place, example in enumerate(shown)]
     if not asked:
         raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no rows. Add some.")
     template = ChatTemplate.load(folder / "base")
@@ -48,16 +50,16 @@ def make(folder: Path, order: ShotsOrder) -> Prompts:
     return Prompts(variants=list(_variants(case)), examples=len(shown), left_out=left_out, limit=case.limit)
 
 
-def _read(path: Path, role: FileRole, columns: Columns | None) -> Iterator[tuple[int, Example]]:
+def _read(path: Path, role: FileRole, columns: Columns | None) -> Iterator[tuple[SourceRow, Example]]:
     for row in read_rows(report_rows.chunks(path), role, FileShape(named_columns(columns))):
-        yield row.number, CHATS.parse(row, role)
+        yield row, CHATS.parse(row, role)
 
 
 def _examples(path: Path, questions: list[Row], columns: Columns | None) -> tuple[list[Example], int]:
     """Returns the usable examples, and the number of those that ask the same as an eval row."""
     if not path.exists():
         return [], 0
-    found = {line: example for line, example in _read(path, "training", columns) if is_answerable(example)}
+    found = {row.number: example for row, example in _read(path, "training", columns) if is_answerable(example)}
     leaks = choice.leaked([report_rows.of_example(line, example) for line, example in found.items()], questions)
     return [example for line, example in found.items() if line not in leaks], len(leaks)
 
@@ -103,13 +105,13 @@ def _write(case: _Case, variant: Variant) -> Variant:
             f"A prompt and its answer need up to {longest:,} tokens, but the base's context has {case.order.context:,}."
         )
         return variant.model_copy(update={"error": f"{why} Lower 'shots'."})
-    lines = (json.dumps(example.model_dump(exclude_none=True), ensure_ascii=False) for example in prompted)
+    lines = (json.dumps(example.model_dump(exclude_none=True), ensure_ascii=False) for example in prompted.values())
     (case.folder / "prompts" / f"{variant.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return variant
 
 
-def _prompted(case: _Case, variant: Variant) -> list[Example]:
-    """Returns the eval rows with the variant's examples before each."""
+def _prompted(case: _Case, variant: Variant) -> dict[str, Example]:
+    """Returns the eval rows, by their names, with the variant's examples before each."""
     if not variant.shots:
         return case.asked
     if variant.nearest:
@@ -118,8 +120,8 @@ def _prompted(case: _Case, variant: Variant) -> list[Example]:
     else:
         chosen = choice.balanced([row.answer for row in case.known], case.order.seed)[: variant.shots]
         places = [chosen] * len(case.asked)
-    both = zip(case.asked, places, strict=True)
-    return [_with_examples(asked, [case.shown[place] for place in chosen]) for asked, chosen in both]
+    both = zip(case.asked.items(), places, strict=True)
+    return {name: _with_examples(asked, [case.shown[place] for place in chosen]) for (name, asked), chosen in both}
 
 
 def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
@@ -129,11 +131,11 @@ def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
     return asked.model_copy(update={"messages": [*asked.messages[:first], *turns, *asked.messages[first:]]})
 
 
-def _too_long(case: _Case, prompted: Sequence[Example]) -> int:
+def _too_long(case: _Case, prompted: Mapping[str, Example]) -> int:
     """Returns the tokens of the longest prompt and its answer where they do not fit into the context, else 0."""
     longest = max(len(prompt) for prompt, _ in _encoded(case.template, prompted)) + case.limit
     return longest if case.order.context is not None and longest > case.order.context else 0
 
 
-def _encoded(template: ChatTemplate, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
-    return (encode_answer(template, example, line) for line, example in enumerate(examples, start=1))
+def _encoded(template: ChatTemplate, examples: Mapping[str, Example]) -> Iterator[tuple[list[int], list[int]]]:
+    return (encode_answer(template, example, name) for name, example in examples.items())

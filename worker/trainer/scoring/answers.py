@@ -26,7 +26,7 @@ class Question:
     """A test row: the prompt's tokens, the wanted answer, and the messages in readable form.
 
     `is_call`: the answer makes tool calls, which are compared by name and arguments. `tokens`: how many the wanted
-    answer has, without the stop token. `row`: its number in the file, from 1. `tools`: those that the row offers.
+    answer has, without the stop token. `row`: its place among the rows, from 1. `tools`: those that the row offers.
     """
 
     prompt_ids: list[int]
@@ -45,7 +45,7 @@ def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[
     """
     found = []
     for number, example in enumerate(examples, start=1):
-        prompt, answer = encode_answer(template, example, number)
+        prompt, answer = encode_answer(template, example, f"example {number}")
         wanted = template.answer_text(answer)
         if wanted.strip():
             *before, last = example.messages

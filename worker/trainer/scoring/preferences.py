@@ -32,7 +32,7 @@ def prepare(t: Training, found: list[Pair]) -> Pairs:
     """Encodes the pairs. Those without a difference after truncation are left out. Raises InvalidTrainingFile."""
     examples, shown = [], []
     for number, pair in enumerate(found, start=1):
-        encoded = encode_pair(t.template, pair, number, max_length=t.plan.max_seq_length, role="test")
+        encoded = encode_pair(t.template, pair, f"example {number}", max_length=t.plan.max_seq_length, role="test")
         for rows in encoded.examples:
             examples.append(Example(tuple(Row(row.input_ids, row.labels) for row in rows)))
             prompt = [message.model_dump(exclude_none=True) for message in pair.messages[:-1]]
