@@ -9,6 +9,7 @@ The others are in the `errors.py` beside what raises them, and the reasons of fa
     │   ├── WrongState           the object's state forbids the operation
     │   ├── UnusableModel        a base model's files cannot be used
     │   ├── InvalidRows          rows: an uploaded file is not valid in its format
+    │   │   ├── InvalidTable     a line of an uploaded table is not valid
     │   │   ├── InvalidJSONL     an uploaded line is not a JSON object
     │   │   └── NoTrainingRows   datasets: none of a file's first rows can be used for training
     │   ├── CannotRender         rows: a chat template cannot render the messages, or not so that they can be learned

@@ -51,11 +51,11 @@ class Finding(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [FINDING]})
 
     kind: str
-    lines: list[int] = Field(description="Row numbers in the file, from 1")
+    lines: list[int] = Field(description="Lines of the file, from 1; of a JSON array or Parquet, its rows")
     score: float = Field(description="Confidence from 0 to 1; comparable within a kind")
     why: str
     action: str = Field(description="What to do")
-    against: list[int] = Field([], description="Rows of the other file")
+    against: list[int] = Field([], description="Lines of the other file, likewise")
 
 
 class Usable(ResponseBody):

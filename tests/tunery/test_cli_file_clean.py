@@ -86,7 +86,7 @@ def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Pat
         ((path, "-o", tmp_path / "o"), "--recommended"),
         ((path, "--recommended", "-o", tmp_path / "no/o"), "the folder"),
         ((path, "--recommended", "-o", tmp_path), "is a folder"),
-        ((path, "--drop-line", 99, "-o", tmp_path / "o"), "no line 99"),
+        ((path, "--drop-line", 99, "-o", tmp_path / "o"), "none begins on line 99"),
         ((path, "--recommended", "-o", tmp_path / "o", "--against", path), "the same content"),
         (("nowhere.jsonl", "--recommended"), "nowhere.jsonl"),
         ((path, "--recommended"), "--output"),

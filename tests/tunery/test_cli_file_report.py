@@ -54,8 +54,8 @@ def test_columns_of_a_local_table_are_named(tunery: Run, tmp_path: Path) -> None
     status, out, err = tunery("files", "report", table, *named, "--json")
     assert (status, (json.loads(out)["shape"] or "")[:38]) == (0, "prompt/completion rows: 'Frage' as the"), err
     assert [(one["kind"], one["lines"]) for one in json.loads(out)["findings"]] == [
-        ("empty_output", [3]),
-        ("near_duplicate", [1, 2]),
+        ("empty_output", [4]),
+        ("near_duplicate", [2, 3]),
     ]
     status, out, err = tunery("files", "report", other, "--against", other, *named, "--json")
     found = json.loads(out)
@@ -75,7 +75,7 @@ def test_columns_of_an_uploaded_table_are_named(tunery: Run, api: str, database:
     found, here = json.loads(out), json.loads(tunery("files", "report", table, *named, "--json")[1])
     assert (status, found["columns"]) == (0, {"prompt": "Frage", "completion": "Antwort"}), err
     assert {name: found[name] for name in here} == here
-    assert [(one["kind"], one["lines"]) for one in found["findings"]] == [("near_duplicate", [1, 2])]
+    assert [(one["kind"], one["lines"]) for one in found["findings"]] == [("near_duplicate", [2, 3])]
     status, _, err = tunery("files", "report", file_id, "--columns", "prompt=Frage")
     assert (status, "does not define a whole row" in " ".join(err.replace("│", " ").split())) == (2, True)
 
@@ -117,7 +117,7 @@ def test_a_file_to_compare_with_that_cannot_be_read(tunery: Run, tmp_path: Path)
     other.write_text('{"frage": "Wo?"}\n{"frage": "Wann?"}\n')
     status, _, err = tunery("files", "report", train, "--against", other)
     assert status == 1
-    assert "No row of the file to compare with can be read. Row 1: " in err
+    assert "No row of the file to compare with can be read. Line 1: " in err
     assert "the key 'messages' is missing" in err
     other.write_bytes(TRAIN.splitlines(keepends=True)[0] + b'{"frage": "Wo?"}\n')
     status, out, err = tunery("files", "report", train, "--against", other, "--html", tmp_path / "page.html")
@@ -125,7 +125,7 @@ def test_a_file_to_compare_with_that_cannot_be_read(tunery: Run, tmp_path: Path)
     assert (status, said in out, said in (tmp_path / "page.html").read_text()) == (0, True, True), err
     other.write_text('{"messages": [{"role": "assistant", "content": "Hello."}]}\n')
     _, _, err = tunery("files", "report", train, "--against", other)
-    assert "Row 1: It has no prompt." in err
+    assert "Line 1: It has no prompt." in err
 
 
 def test_rows_without_an_answer_are_compared(tunery: Run, tmp_path: Path) -> None:

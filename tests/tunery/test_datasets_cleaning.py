@@ -54,8 +54,8 @@ def dropped(done: Cleaned) -> list[tuple[int, str]]:
 
 
 LAST_INVALID = {
-    "csv": "prompt,completion\na,b\nc,d\ne,f,g\n",
-    "json": '[{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}, {"prompt": NaN}]',
+    "csv": ("prompt,completion\na,b\nc,d\ne,f,g\n", 4),
+    "json": ('[{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}, {"prompt": NaN}]', 3),
 }
 
 
@@ -63,9 +63,10 @@ LAST_INVALID = {
 @pytest.mark.parametrize("order", [RECOMMENDED, Cleaning(actions=[Action(kind="exact_duplicate", action="keep_one")])])
 def test_a_row_that_cannot_be_written_is_counted_and_dropped(tmp_path: Path, kind: str, order: Cleaning) -> None:
     path = tmp_path / f"last.{kind}"
-    path.write_text(LAST_INVALID[kind])
+    content, line = LAST_INVALID[kind]
+    path.write_text(content)
     done, rows = cleaned(path, order)
-    assert (done.rows, done.clean.rows, dropped(done)) == (3, 2, [(3, "invalid_row")])
+    assert (done.rows, done.clean.rows, dropped(done)) == (3, 2, [(line, "invalid_row")])
     assert done.kinds == {"invalid_row": {"dropped": 1, "changed": 0}}
     assert [row["prompt"] for row in rows] == ["a", "c"]
 
@@ -249,8 +250,8 @@ def test_rows_of_named_columns_are_cleaned_and_keep_them(tmp_path: Path, others:
 
     done, rows = cleaned(path, Cleaning(recommended=True, columns=NAMED), against=other)
 
-    assert dropped(done) == [(2, "near_duplicate"), (4, "test_leak"), (6, "empty_output")]
-    assert [(one.line, one.kind) for one in done.changed] == [(3, "pii")]
+    assert dropped(done) == [(3, "near_duplicate"), (5, "test_leak"), (7, "empty_output")]
+    assert [(one.line, one.kind) for one in done.changed] == [(4, "pii")]
     assert rows == [
         {"Frage": "Wer singt?", "Antwort": "Ada.", "id": "0"},
         {"Frage": "Mail an <EMAIL_ADDRESS>?", "Antwort": "Ja.", "id": "2"},
@@ -389,7 +390,7 @@ def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> Non
     done, left = cleaned(path, Cleaning(rows=RowChoice(drop=[2])))
     assert dropped(done) == [(2, "rows.drop")]
     assert left == [rows[0], rows[2], rows[3]]
-    with pytest.raises(InvalidValue, match="4 rows, but no line 9"):
+    with pytest.raises(InvalidValue, match="4 rows, but none begins on line 9; one does on line 4"):
         cleaned(path, Cleaning(rows=RowChoice(drop=[9])))
     with pytest.raises(NothingLeft, match="would remove all"):
         cleaned(path, Cleaning(rows=RowChoice(drop=[1, 2, 3, 4])))

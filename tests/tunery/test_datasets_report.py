@@ -453,17 +453,20 @@ def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
     assert "x@example.org" not in shown
 
 
-def test_a_report_says_what_a_table_is_and_how_its_lines_are_counted(tmp_path: Path) -> None:
+def test_a_report_says_what_a_table_is_and_how_lines_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "f.csv"
     file.write_text('Question,Answer\n"How do I\npay?",Here.\nWhere?,There,too\n')
     said = maker.make(file).as_dict()
     described = "CSV; question/answer rows: 'Question' as the user's message, 'Answer' as the answer"
     assert said["shape"] is None, "the last row is invalid"
-    assert page.describe({**said, "shape": described[5:]}) == f"{described}; lines are counted by rows"
+    assert page.describe({**said, "shape": described[5:]}) == described
     [invalid] = said["findings"]
-    assert (invalid["kind"], invalid["lines"]) == ("invalid_row", [2])
-    assert invalid["why"].startswith("Invalid file format. Example 2 (line 4): ")
-    assert "CSV; lines are counted by rows" in page.render("f.csv", said)
+    assert (invalid["kind"], invalid["lines"]) == ("invalid_row", [4])
+    assert invalid["why"].startswith("Invalid file format. Line 4: has 3 values")
+    for kind in ("JSON array", "JSON array, compressed with gzip", "Parquet", "cards", "unknown"):
+        assert page.describe({"format": kind, "shape": None}) == f"{kind}; lines are counted by rows"
+    for kind in ("JSONL", "TSV", "CSV, compressed with zstd"):
+        assert page.describe({"format": kind, "shape": None}) == kind
 
 
 def test_pairs_are_reported_on_with_their_preferred_answers(tmp_path: Path) -> None:

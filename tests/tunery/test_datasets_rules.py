@@ -69,8 +69,8 @@ def test_the_lines_of_further_faults_are_named() -> None:
 def test_further_faults_of_a_table_are_numbered_as_the_first() -> None:
     with pytest.raises(InvalidTrainingFile) as caught:
         check_examples([b"Frage,Antwort\n" + b"q,a\n" * 3])
-    assert "Example 1 (line 2): " in caught.value.message
-    assert caught.value.message.endswith("More rows are invalid: example 2 (line 3), example 3 (line 4).")
+    assert "Line 2: Unexpected file format" in caught.value.message
+    assert caught.value.message.endswith("More rows are invalid: line 3, line 4.")
 
     with pytest.raises(InvalidTrainingFile, match=r"and 94 more; later rows were not read\.$"):
         check_examples([b'{"messages": []}\n'] * 1000)

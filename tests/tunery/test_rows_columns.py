@@ -127,12 +127,12 @@ def test_a_first_row_without_a_value_says_which(table: bytes, missing: str) -> N
 def test_an_empty_cell_is_an_empty_text_as_in_json(table: bytes, turns: list[tuple[str, str]]) -> None:
     examples = [example for _, example in read_examples([table], "training")]
     assert [tuple(message.content for message in example.messages) for example in examples] == turns
-    assert check_examples([table], least=1).silent == [line for line, (_, said) in enumerate(turns, 1) if not said]
+    assert check_examples([table], least=1).silent == [line for line, (_, said) in enumerate(turns, 2) if not said]
 
 
 def test_an_empty_cell_of_a_named_column_is_an_empty_text() -> None:
     encoder = encoder_of_any("assistant", NAMED)
-    assert check_examples([b"Frage,Antwort\nq,\nq,a\n"], encoder=encoder, least=1).silent == [1]
+    assert check_examples([b"Frage,Antwort\nq,\nq,a\n"], encoder=encoder, least=1).silent == [2]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from itertools import accumulate
 from typing import Any
 
 import pyarrow
@@ -82,18 +83,25 @@ def read(data: bytes, size: int = 2**16) -> list[tuple[int, Row | None]]:
     return [(row.number, row.fields) for row in readers.read(cut(data, size))]
 
 
+def numbers(data: bytes) -> list[int]:
+    """The rows' numbers: the lines on which an editor shows their beginnings in a table, else 1, 2, 3."""
+    if readers.identify([data]) not in ("CSV", "TSV"):
+        return list(range(1, len(ROWS) + 1))
+    return [data[: data.index(f"question {n},".encode())].count(b"\n") + 1 for n in range(1, len(ROWS) + 1)]
+
+
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("name", FILES)
 def test_rows_equal_those_of_json_lines(name: str, packed: str) -> None:
     data = PACKED[packed](FILES[name])
     for size in (1, 7, 2**20):
-        assert read(data, size) == list(enumerate(ROWS, 1))
+        assert read(data, size) == list(zip(numbers(FILES[name]), ROWS, strict=True))
 
 
 @pytest.mark.parametrize("column", ["text", "messages", "conversations", "conversation"])
 def test_a_single_column_may_be_a_whole_row(column: str) -> None:
     for header in (column, f'"{column}"'):
-        assert read(f'{header}\n"a ""b"""\n'.encode()) == [(1, {column: 'a "b"'})]
+        assert read(f'{header}\n"a ""b"""\n'.encode()) == [(2, {column: 'a "b"'})]
 
 
 def test_rows_that_share_a_line_have_a_number_each() -> None:
@@ -109,14 +117,23 @@ def test_rows_that_share_a_line_have_a_number_each() -> None:
     assert "there is text after the JSON object" in str(broken.fault)
 
 
-def test_lines_are_those_of_the_file_below_what_is_above_the_header() -> None:
-    data = b"\n\nsep=,\nprompt,completion\nq,a\n\nq,a\n"
-    assert [(row.number, row.line) for row in readers.read([data])] == [(1, 5), (2, 7)]
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_rows_of_a_table_are_numbered_by_the_lines_on_which_they_begin(end: str) -> None:
+    lines = ["", "", "sep=,", "prompt,completion", "q,a", "", '"q', "", 'q",a', "q,a", "", "prompt,completion", "q,a"]
+    data = end.join(lines).encode()
+    for size in (1, 7, 2**20):
+        rows = list(readers.read(cut(data, size)))
+        assert [(row.number, row.line, row.name) for row in rows] == [
+            (5, None, "line 5"),
+            (7, None, "line 7"),
+            (10, None, "line 10"),
+            (13, None, "line 13"),
+        ]
 
 
 def test_blanks_are_kept_where_the_header_has_none() -> None:
-    assert read(b"prompt,completion\nq, a\n") == [(1, {"prompt": "q", "completion": " a"})]
-    assert read(b"prompt, completion,id\nq, a,1\n") == [(1, {"prompt": "q", " completion": " a", "id": "1"})]
+    assert read(b"prompt,completion\nq, a\n") == [(2, {"prompt": "q", "completion": " a"})]
+    assert read(b"prompt, completion,id\nq, a,1\n") == [(2, {"prompt": "q", " completion": " a", "id": "1"})]
 
 
 TEXT = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"]), min_size=1)
@@ -126,8 +143,10 @@ TEXT = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories
 @given(st.lists(TEXT, min_size=1, max_size=5), st.integers(1, 9), st.sampled_from(",;\t"))
 def test_any_text_comes_through_every_format(texts: list[str], size: int, separator: str) -> None:
     rows = [{"prompt": text, "completion": "a"} for text in texts]
-    for data in (json.dumps(rows).encode(), json.dumps(rows, indent=1).encode(), table(rows, separator), columns(rows)):
+    for data in (json.dumps(rows).encode(), json.dumps(rows, indent=1).encode(), columns(rows)):
         assert read(data, size) == list(enumerate(rows, 1))
+    begins = accumulate((1 + text.count("\n") for text in texts), initial=2)
+    assert read(table(rows, separator), size) == list(zip(begins, rows, strict=False))
 
 
 def outcome(data: bytes, size: int) -> str:
@@ -154,9 +173,9 @@ BROKEN = {
     "line of 50 MB in an array": (b'[{}, {"a": "' + b"x" * 50 * MIB, "Row 2: is longer than 4 MiB"),
     "list of 50 MB in an array": (b'[{}, {"a": [' + b"null, " * 9 * MIB, "Row 2: is longer than 4 MiB"),
     "no comma before 50 MB": (b'[{}, {"a": 1 "b": "' + b"x" * 50 * MIB, "Row 2: is not JSON: Expecting ',' delimiter"),
-    "value of 50 MB": (b'a,b\n"' + b"x" * 50 * MIB, "Row 1: is longer than 4 MiB"),
+    "value of 50 MB": (b'a,b\n"' + b"x" * 50 * MIB, "Line 2: is longer than 4 MiB"),
     "quote without end": (b'a,b\n1,2\n"' + b"x\n" * 10 * MIB, "20000 lines, which is the limit for one row."),
-    "short quote without end": (b'a,b\n1,2\n"x,y\nz,w\n', "Row 2: a quoted value has no end. (line 3 of the file)"),
+    "short quote without end": (b'a,b\n1,2\n"x,y\nz,w\n', "CSV format. Line 3: a quoted value has no end."),
     "nesting": (DEEP, "objects and lists are nested too deeply."),
     "nesting in a row": (b'[{"a": ' + DEEP + b"}]", "objects and lists are nested too deeply."),
     "array without end": (b'[{"a": 1},\n{"a": 2}\n', "Row 2: the array has no end: a ']' is missing."),
@@ -165,11 +184,11 @@ BROKEN = {
     "text behind the array": (b"[{}] x", "there is text after the array."),
     "empty array": (b"[]", "the array is empty."),
     "array not in UTF-8": (b'[{"a": "\xff"}]', "the file is not UTF-8 (byte 9)."),
-    "header alone": (b"a,b\n", "the file has a header but no rows."),
-    "header twice": (b"a,a\n1,2\n", "two columns have the name 'a'."),
-    "wide table": (b",".join(b"c%d" % n for n in range(5000)) + b"\n", "the table has 5000 columns, more than 1000."),
-    "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "Row 2: is not UTF-8. Save the file as UTF-8. (line 3 of the file)"),
-    "CSV record not in UTF-8": (b'a,b\n1,2\n"x\n\xff",3\n', "Row 2: is not UTF-8. Save the file as UTF-8. (line 4"),
+    "header alone": (b"a,b\n", "Line 2: the file has a header but no rows."),
+    "header twice": (b"a,a\n1,2\n", "Line 1: two columns have the name 'a'."),
+    "wide table": (b",".join(b"c%d" % n for n in range(5000)) + b"\n", "Line 1: the table has 5000 columns, more than"),
+    "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "Line 3: is not UTF-8. Save the file as UTF-8."),
+    "CSV record not in UTF-8": (b'a,b\n1,2\n"x\n\xff",3\n', "Line 4: is not UTF-8. Save the file as UTF-8."),
     "second row of an array not in UTF-8": (
         b'[{"a": 1},\n{"a": "\xff"}]',
         "Row 2: the file is not UTF-8 (byte 19). Save it as UTF-8. (line 2 of the file)",
@@ -210,9 +229,9 @@ FAULTY = {
     "key twice in a line": (b'{"a": 1}\n{"a": 1, "a": 1}\n', [(2, 'has the key "a" twice. Keep one of them', None)]),
     "numbers for rows": (b'[1,\n{"a": NaN}]', [(1, "expected a JSON object", 1), (2, "NaN is not JSON", 2)]),
     "half a pair": (b'[{"a": "\\ud800"}]', [(1, "half a surrogate pair", 1)]),
-    "NUL": (b"a,b\nx\0,y\n", [(1, "the character NUL", 2)]),
-    "values too many": (b'a,b\n"x\ny",1\n1,2,3\n', [(2, "has 3 values, but the header has 2 columns", 4)]),
-    "text behind a quote": (b'a,b\n"x"y,2\n', [(1, "there is text after a value's closing quote", 2)]),
+    "NUL": (b"a,b\nx\0,y\n", [(2, "the character NUL", None)]),
+    "values too many": (b'a,b\n"x\ny",1\n1,2,3\n', [(4, "has 3 values, but the header has 2 columns", None)]),
+    "text behind a quote": (b'a,b\n"x"y,2\n', [(2, "there is text after a value's closing quote", None)]),
 }
 
 
@@ -225,7 +244,7 @@ def test_fault_of_a_row_names_it_and_its_line(name: str) -> None:
 
 
 def test_missing_values_of_tables_are_absent() -> None:
-    assert read(b"prompt,system,completion\nq,,a\n") == [(1, {"prompt": "q", "system": None, "completion": "a"})]
+    assert read(b"prompt,system,completion\nq,,a\n") == [(2, {"prompt": "q", "system": None, "completion": "a"})]
     assert read(columns([{"a": "x", "score": float("nan")}])) == [(1, {"a": "x", "score": None})]
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lined_table import INVALID, MAIL, NEXT_LINE, WITH_BREAKS, table
 from sqlalchemy import select
 from workshop import Workshop, training_rows
 
 from tunery.datasets import cleanings, files, progress
 from tunery.datasets import reports as file_reports
-from tunery.datasets.cleaning.order import Action, Cleaning, HeldOut
+from tunery.datasets.cleaning.order import Action, Cleaning, HeldOut, RowChoice
 from tunery.datasets.model import File, FileCleaning, FileReport
 from tunery.datasets.report.case import Finding
 from tunery.datasets.report.maker import Report
@@ -194,18 +195,57 @@ def test_a_table_is_cleaned_by_named_columns_and_keeps_them(workshop: Workshop) 
 
     lineage = _row(workshop, FileCleaning, made)
     assert _dropped(workshop, made) == {
-        5: "test_leak",
+        6: "test_leak",
         9: "implausible_output",
-        15: "answer_cut",
+        16: "answer_cut",
     }
     parts = [_content(workshop, id) for id in (made, lineage.held_out_id)]
     kept = [json.loads(line) for part in parts for line in part.splitlines()]
-    wanted = [line.split(",") for number, line in enumerate(lines, 1) if number not in (5, 9)]
+    wanted = [line.split(",") for number, line in enumerate(lines, 2) if number not in (6, 9)]
     assert sorted(kept, key=lambda row: int(row["Nr"])) == [
         dict(zip(names.split(","), row, strict=True)) for row in wanted
     ]
     encoder = find_encoder(Supervised(), "training", named)
     assert sum(check_examples([part], encoder=encoder, least=1).examples for part in parts) == 12
+
+
+def test_a_chosen_line_of_a_table_drops_the_row_that_begins_there(workshop: Workshop) -> None:
+    source = workshop.file(table("\r\n"), checked=False)
+    made = _ask(workshop, source, Cleaning(rows=RowChoice(drop=[MAIL])))
+    assert _work(workshop)
+    assert _dropped(workshop, made) == {INVALID: "invalid_row", MAIL: "rows.drop"}
+    assert len(_content(workshop, made).splitlines()) == 4
+    assert b"eve@" not in _content(workshop, made)
+    inside = _ask(workshop, source, Cleaning(rows=RowChoice(drop=[NEXT_LINE])))
+    assert _work(workshop)
+    assert f"one does on line {WITH_BREAKS}." in _row(workshop, File, inside).status_details
+
+
+@pytest.mark.parametrize(
+    ("content", "version", "line"),
+    [(b"prompt,completion\n" + b"Who?,Ada.\n" * 9, 7, None), (b"prompt,completion\n" + b"Who?,Ada.\n" * 9, 8, 4),
+     (training_rows(9), 7, 4)],
+    ids=["table before", "table", "JSON Lines before"],
+)  # fmt: skip
+def test_a_base_s_report_that_counts_a_table_by_rows_drops_none(
+    workshop: Workshop, content: bytes, version: int, line: int | None
+) -> None:
+    source = workshop.file(content)
+    found = [Finding("implausible_output", [4], 1.0, "Is odd.", "Read it.")]
+    with workshop.session() as session:
+        report = file_reports.request(session, session.get_one(File, source), base=workshop.base_id)
+        workshop.storage.put(f"{report.prefix}/report.json", Report(9, found).as_json().encode())
+        kind = "JSONL" if line and version == 7 else "CSV"
+        file_reports.finish(session, report, summary={"format": kind})
+        report.version = version
+    order = Cleaning(actions=[Action(kind="implausible_output", action="drop")])
+    if line is None:
+        with pytest.raises(InvalidValue, match="Request the file's report with this 'base'"):
+            _ask(workshop, source, order, base=workshop.base_id)
+        order = Cleaning(actions=[Action(kind="truncated_output", action="drop")])
+    made = _ask(workshop, source, order, base=workshop.base_id)
+    assert _work(workshop)
+    assert [*_dropped(workshop, made)] == ([] if line is None else [line])
 
 
 def test_what_a_file_was_cleaned_into_repeats_nothing(workshop: Workshop) -> None:

@@ -191,6 +191,22 @@ def test_a_second_job_on_the_same_files_reads_no_row_and_is_reported_the_same(
     assert plans[0] == plans[1] == plans[2]
 
 
+def test_a_second_job_on_tables_names_the_same_lines(workshop: Workshop) -> None:
+    rows = [f'"What comes after\n{n}?",{n + 1}.\n' for n in range(12)]
+    marked = "<|im_start|>user Why? <|im_end|>,Because.\n"
+    ids = [workshop.file(("prompt,completion\n\n" + "".join([*some, marked])).encode()) for some in (rows, rows[3:5])]
+    stories = []
+    for _ in range(2):
+        job_id = workshop.submit(*ids, max_seq_length=256)
+        assert _validate(workshop)
+        stories.append(workshop.story(job_id)[1:])
+    assert stories[0] == stories[1]
+    said = "\n".join(stories[0])
+    assert "It shares 3 example(s) with the training file: line 3 (line 9 there), line 5 (line 11 there), " in said
+    assert "a marker of a chat template (<|im_start|>): line 27." in said
+    assert "contain special tokens" not in said
+
+
 def test_a_check_is_added_by_its_place_in_the_list(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     def check_parity(case: Case, found: Findings) -> list[str]:
         if found.summaries["training"].examples % 2:

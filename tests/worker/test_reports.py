@@ -82,6 +82,21 @@ def test_rows_of_another_file_of_the_project_are_named(workshop: Workshop, repor
     assert known in finding["why"]
 
 
+@pytest.mark.parametrize(("version", "against"), [(7, []), (8, [4])])
+def test_lines_of_another_table_are_named_by_reports_that_know_them(
+    workshop: Workshop, report_all: Callable[[], int], version: int, against: list[int]
+) -> None:
+    workshop.file(b'prompt,completion\n"Who\ncomes?",Ada.\nWhere?,There.\n')
+    report_all()
+    with workshop.session() as session:
+        session.scalars(select(FileReport)).one().version = version
+    workshop.file(b"prompt,completion\nWhen?,Now.\nWhere?,There.\n")
+    report_all()
+    _, report = _rows(workshop, FileReport)
+    (finding,) = [one for one in _stored(workshop, report)["findings"] if one["kind"] == "repeated_elsewhere"]
+    assert (finding["lines"], finding.get("against", [])) == ([3], against)
+
+
 def test_a_report_goes_with_the_last_file_of_its_content(workshop: Workshop, report_all: Callable[[], int]) -> None:
     uploaded = [workshop.file(training_rows(12)) for _ in range(2)]
     report_all()
@@ -179,7 +194,7 @@ def test_a_report_reads_both_files_by_the_columns_that_are_named(
         report = session.get_one(FileReport, asked)
     assert (report.status, report.error, report.summary["examples"]) == ("ready", None, 12)
     found = _stored(workshop, report)
-    assert sorted(one["lines"] for one in found["findings"] if one["kind"] == "test_leak") == [[3], [4]]
+    assert sorted(one["lines"] for one in found["findings"] if one["kind"] == "test_leak") == [[4], [5]]
     assert found["figures"]["tokens"]["spreads"]["row"]["count"] == 12
     assert found["figures"]["answers"]["judged"] == 12
     assert "invalid_row" not in report.summary["counts"]
@@ -204,7 +219,7 @@ def test_rows_that_are_read_by_columns_are_compared_with_other_files(
         id: [(one["lines"], one["against"]) for one in findings if one["kind"] == "repeated_elsewhere"]
         for id, findings in found.items()
     }
-    assert (elsewhere[table], elsewhere[last]) == ([([5, 6, 7], [1, 2, 3])], [([1], [2])])
+    assert (elsewhere[table], elsewhere[last]) == ([([6, 7, 8], [2, 3, 4])], [([2], [3])])
 
 
 def test_a_content_is_compared_by_its_report_with_most_rows(workshop: Workshop) -> None:

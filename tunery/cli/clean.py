@@ -51,7 +51,8 @@ def clean(
     redact: _Kinds = None,
     fix: _Kinds = None,
     drop_line: Annotated[
-        list[int] | None, typer.Option(metavar="LINE", help="The line of a row to drop; repeatable.")
+        list[int] | None,
+        typer.Option(metavar="LINE", help="A row to drop, by its line as in the report; repeatable."),
     ] = None,
     held_out: Annotated[
         float | None, typer.Option(help="Fraction of the rows to write to OUTPUT-held-out, without splitting groups.")

@@ -32,7 +32,7 @@ def request(
             arrival.check_written(file)
     if against is not None:
         check_other(source.sha256, against.sha256)
-    judged = base is not None and reports.of_base(session, source, base, order.columns) is not None
+    judged = base is not None and reports.judged(session, source, base, order.columns) is not None
     order.check(compared=against is not None, measured=base is not None, uploaded=True, judged=judged)
     made = _add(session, source, "clean")
     held_out = _add(session, source, "held-out") if order.held_out is not None else None

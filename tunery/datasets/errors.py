@@ -24,8 +24,8 @@ class NoTrainingRows(InvalidRows):
 
 
 class NothingToCompare(Rejected):
-    """No row of the file to compare with can be read. Row {line}: {reason} Correct that file, or name its columns if it
-    is a table."""
+    """No row of the file to compare with can be read. Line {line}: {reason} Correct that file, or name its columns if
+    it is a table."""
 
     code = "nothing_to_compare"
 

@@ -12,11 +12,14 @@ from tunery.datasets.arrival import check_written
 from tunery.datasets.errors import NoReport
 from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
+from tunery.rows.tables import CSV, TSV
 from tunery.spec import Columns, named_columns
 from tunery.storage import Storage
 
-VERSION = 7
+VERSION = 8
 """Version of the reports' content. An older report is made again when it is requested."""
+_LINES_OF_TABLES = 8
+"""Version from which a report names the rows of a table by their lines, no longer by their places."""
 QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3
 """Workers that may die during one report before it fails, as others wait behind it."""
@@ -87,6 +90,18 @@ def of_base(session: Session, file: File, base: str, columns: Columns | None = N
     """Returns the file's report by a base that is ready, one that compares with no other file."""
     found = find(session, file, base, columns)
     return found if found is not None and found.status == READY else None
+
+
+def judged(session: Session, file: File, base: str, columns: Columns | None = None) -> FileReport | None:
+    """Returns that report if a cleaning can act on the rows that it names."""
+    found = of_base(session, file, base, columns)
+    return found if found is not None and has_lines(found) else None
+
+
+def has_lines(report: FileReport) -> bool:
+    """Returns whether a ready report, perhaps of an earlier version, names the rows as today's reports do."""
+    is_table = str((report.summary or {}).get("format")).startswith((CSV.name, TSV.name))
+    return report.version >= _LINES_OF_TABLES or not is_table
 
 
 def check_reported(file: File) -> None:

@@ -142,9 +142,11 @@ def _encode_groups(groups: Iterator[_Group], reading: Reading) -> Iterator[Itera
     if reading.template is None:
         yield from map(iter, batches)
         return
+    rows = 0
     for batch, prepared in _render_ahead(reading.template, batches):
         yield (_encode(row, prepared, reading) for row in batch)
-        if batch[-1].number >= MANY_ROWS:
+        rows += len(batch)
+        if rows >= MANY_ROWS:
             reading.template.hasten()
 
 

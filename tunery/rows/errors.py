@@ -9,6 +9,12 @@ class InvalidRows(Rejected):
     code = "invalid_rows"
 
 
+class InvalidTable(InvalidRows):
+    """Expected file to have {format} format. Line {line}: {reason}"""
+
+    code = "invalid_rows"
+
+
 class InvalidJSONL(InvalidRows):
     """Expected file to have JSONL format, where every line is a valid JSON dictionary. Line {line}: {reason}"""
 

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 class SourceRow(NamedTuple):
     """One row of a file: its fields, or why it has none (the end of a sentence that names the row).
 
-    `number`: the row's place in its file, from 1, by which every message names it. `line`: the line on which it begins,
-    where that is not its number. `shape`: of the file's rows. `text`: the JSON of a row that is not parsed yet
-    (`jsonl.parse`), whose other members say nothing so far. `is_table`: whether a null stands for an empty cell.
+    `number`: the one by which every message and report names the row, from 1 and ascending: of a table the line on
+    which it begins, else its place among the rows, which in JSON Lines is its line. `line`: the line on which it
+    begins, where that is not its number. `shape`: of the file's rows. `text`: the JSON of a row that is not parsed yet
+    (`jsonl.parse`), whose other members say nothing so far. `is_table`: whether it is a line of a table, in which a
+    null stands for an empty cell.
     """
 
     number: int
@@ -28,7 +30,9 @@ class SourceRow(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The row's name in messages: `example 3`, with its line where the two differ."""
+        """The row's name in messages: `line 3` of a table, else `example 3`, with its line where the two differ."""
+        if self.is_table:
+            return f"line {self.number}"
         beside = f" (line {self.line})" if self.line not in (None, self.number) else ""
         return f"example {self.number}{beside}"
 
@@ -58,13 +62,14 @@ class Parser(Protocol):
 class Format:
     """A format: `recognises` gets the file's first bytes, at most `readers.HEAD_BYTES`; `open` returns a new parser.
 
-    `error`: the class of errors about a row of such a file.
+    `error`: the class of errors about a row of such a file. `by_lines`: whether the numbers of rows are their lines.
     """
 
     name: str
     recognises: Callable[[bytes], bool]
     open: Callable[[], Parser]
     error: type[InvalidRows] = InvalidRows
+    by_lines: bool = False
 
     def refuse(self, number: int, reason: str) -> InvalidRows:
         """Returns the error about a row, or about the place where no row could be read."""

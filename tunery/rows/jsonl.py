@@ -88,6 +88,7 @@ JSONL = Format(
     recognises=lambda head: containers.unmark(head).lstrip().startswith(b"{"),
     open=JsonlParser,
     error=InvalidJSONL,
+    by_lines=True,
 )
 
 

@@ -32,7 +32,7 @@ class Sequence(_Sealed):
 class PreviewRow(_Sealed):
     """A row of the file."""
 
-    number: int
+    number: int = Field(description="As in reports: in JSON Lines and tables the line, else the place among the rows")
     line: int | None = Field(None, description="The line on which the row begins, if it differs from its number")
     name: str = Field("", description="The row's name in messages")
     sequences: list[Sequence] = []

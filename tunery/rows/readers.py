@@ -29,6 +29,12 @@ def recognise(head: bytes) -> Format:
     return next((format for format in FORMATS.values() if format.recognises(head)), JSONL)
 
 
+def counts_lines(kind: str) -> bool:
+    """Returns whether the numbers of a file's rows are its lines. `kind`: as `Reader.kind` gives it."""
+    format = FORMATS.get(kind.partition(",")[0])
+    return format is not None and format.by_lines
+
+
 class Reader:
     """Reads one file as its bytes arrive. Each iterator must be exhausted before the next call."""
 

@@ -3,9 +3,10 @@
 import csv
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from tunery.rows import containers
-from tunery.rows.errors import InvalidRows
+from tunery.rows.errors import InvalidRows, InvalidTable
 from tunery.rows.formats import Format, SourceRow
 from tunery.rows.jsonl import MAX_LINE_BYTES
 
@@ -38,7 +39,8 @@ class TableParser:
         self._lines: list[str] = []
         self._waiting = 0
         """Characters of `_lines`."""
-        self._line, self._number = 1, 0
+        self._line = 1
+        self._has_rows = False
         self._next_try = 0
         self._is_broken = False
         """Whether the next line is not UTF-8."""
@@ -68,7 +70,7 @@ class TableParser:
         self._refuse_broken()
         if self._columns is None:
             raise self._refuse("the file is empty. Write a header, and one record per row.")
-        if not self._number:
+        if not self._has_rows:
             raise self._refuse("the file has a header but no rows.")
 
     def _cut(self) -> None:
@@ -87,8 +89,7 @@ class TableParser:
     def _refuse_broken(self) -> None:
         """Raises InvalidRows after the rows before a line that is not UTF-8."""
         if self._is_broken:
-            line = self._line + len(self._lines)
-            raise self._refuse("is not UTF-8. Save the file as UTF-8.", line=line)
+            raise self._refuse("is not UTF-8. Save the file as UTF-8.", self._line + len(self._lines))
 
     def _records(self, *, ended: bool) -> Iterator[SourceRow]:
         if self._columns is None:
@@ -108,7 +109,7 @@ class TableParser:
             except csv.Error as error:
                 record = error
                 if ended and "end of data" in str(error):
-                    raise self._refuse("a quoted value has no end.", line=self._line) from None
+                    raise self._refuse("a quoted value has no end.") from None
             start, self._line = self._line, self._line + reader.line_num - done
             done = reader.line_num
             yield from self._take(record, start)
@@ -129,21 +130,20 @@ class TableParser:
         if self._columns is None:
             self._columns = self._read_header(record, line)
         elif record and (isinstance(record, csv.Error) or record != self._columns):
-            self._number += 1
-            yield _row(self._number, self._columns, record, line)
+            self._has_rows = True
+            yield _row(line, self._columns, record)
 
     def _read_header(self, record: list[str] | csv.Error, line: int) -> list[str]:
         if isinstance(record, csv.Error) or not record:
-            raise self._refuse(
-                "the header cannot be read. Name the columns, without a line break in a name.", line=line
-            )
+            raise self._refuse("the header cannot be read. Name the columns, without a line break in a name.", line)
         if len(record) > MOST_COLUMNS:
             raise self._refuse(
-                f"the table has {len(record)} columns, more than {MOST_COLUMNS}. Keep only the columns that are used."
+                f"the table has {len(record)} columns, more than {MOST_COLUMNS}. Keep only the columns that are used.",
+                line,
             )
         twice = next((name for place, name in enumerate(record) if name and name in record[:place]), None)
         if twice is not None:
-            raise self._refuse(f"two columns have the name '{twice[:40]}'. Rename one of them.", line=line)
+            raise self._refuse(f"two columns have the name '{twice[:40]}'. Rename one of them.", line)
         return record
 
     def _refuse_long(self) -> None:
@@ -154,8 +154,7 @@ class TableParser:
             )
 
     def _refuse(self, reason: str, line: int | None = None) -> InvalidRows:
-        row = self._number + (self._columns is not None)
-        return CSV.refuse(max(row, 1), f"{reason} (line {line or self._line} of the file)")
+        return CSV.refuse(line or self._line, reason)
 
 
 def _is_above(line: str) -> bool:
@@ -174,17 +173,18 @@ _REASONS = {
 }
 
 
-def _row(number: int, columns: list[str], record: list[str] | csv.Error, line: int) -> SourceRow:
+def _row(line: int, columns: list[str], record: list[str] | csv.Error) -> SourceRow:
+    refused = partial(SourceRow, line, None, is_table=True)
     if isinstance(record, csv.Error):
         known = (reason for words, reason in _REASONS.items() if words in str(record))
-        return SourceRow(number, None, next(known, f"cannot be read: {record}."), line)
+        return refused(next(known, f"cannot be read: {record}."))
     if len(record) != len(columns):
         fault = f"has {len(record)} values, but the header has {len(columns)} columns."
-        return SourceRow(number, None, f"{fault} Quote values that contain separators or line breaks.", line)
+        return refused(f"{fault} Quote values that contain separators or line breaks.")
     if any("\0" in value for value in record):
-        return SourceRow(number, None, "a value has the character NUL, which cannot be stored. Remove it.", line)
+        return refused("a value has the character NUL, which cannot be stored. Remove it.")
     pairs = zip(columns, record, strict=True)
-    return SourceRow(number, {name: value or None for name, value in pairs if name}, None, line, is_table=True)
+    return SourceRow(line, {name: value or None for name, value in pairs if name}, is_table=True)
 
 
 def _begins(head: bytes, separators: str) -> bool:
@@ -195,7 +195,9 @@ def _begins(head: bytes, separators: str) -> bool:
 
 def _format(name: str, separators: str) -> Format:
     open: Callable[[], TableParser] = TableParser
-    return Format(name=name, recognises=lambda head: _begins(head, separators), open=open)
+    return Format(
+        name=name, recognises=lambda head: _begins(head, separators), open=open, error=InvalidTable, by_lines=True
+    )
 
 
 TSV = _format("TSV", "\t")

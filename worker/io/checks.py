@@ -112,7 +112,7 @@ def _summarise(case: Case, found: Findings, role: FileRole, file: File) -> Summa
     reading, answered = Reading(role, encoder, found.template, case.max_length), _answered(case.spec.evaluation, role)
     overlap = found.overlap if len(case.files) > 1 else None
     name = fingerprint.of_rows(file.sha256, reading, rules, answered, overlap is not None)
-    found.overlap.digests.clear()
+    found.overlap.rows.clear()
     path = found.kept / f"{file.sha256}-{name}" if name is not None else None
     read = partial(found.storage.read, file.key)
     if path is not None and (known := verdicts.find(path, reading, read, found.overlap)) is not None:

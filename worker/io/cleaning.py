@@ -67,7 +67,7 @@ def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: 
         against = session.get_one(File, cleaning.against_id) if cleaning.against_id else None
         base = session.get_one(Model, cleaning.base_id) if cleaning.base_id else None
         others = file_reports.others(session, source.project_id, source.sha256)
-        judged = file_reports.of_base(session, source, base.id, order.columns) if base else None
+        judged = file_reports.judged(session, source, base.id, order.columns) if base else None
     storage.fetch(source.key, folder / "rows", source.sha256)
     if against is not None:
         storage.fetch(against.key, folder / "against", against.sha256)

@@ -104,7 +104,9 @@ def lay_out_known(
     for file, other in others:
         data = b"".join(storage.read(f"{other.prefix}/digests"))
         (folder / "others" / file.id).write_bytes(data)
-    order.others = [OtherFile(id=file.id, name=file.filename) for file, _ in others]
+    order.others = [
+        OtherFile(id=file.id, name=file.filename, has_lines=reports.has_lines(other)) for file, other in others
+    ]
     order.benchmark = str(ROOT / _BENCHMARK)
     (folder / "order.json").write_text(order.model_dump_json())
 

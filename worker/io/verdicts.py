@@ -8,6 +8,7 @@ digests of rows, but none of their text.
 import base64
 import hashlib
 import json
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,25 +24,27 @@ from tunery.rows.shapes import FileShape
 
 NAME = "validated"
 DAYS = 7
-_DIGEST_BYTES = 16
+_ENTRY = struct.Struct("<Q16s")
+"""A row's number and the digest of its conversation."""
+_TEXTS = ("rendered", "spoken")
 
 
 class Recorded(Overlap):
-    """The overlap of a job's files, which also keeps the digests of the file being read."""
+    """The overlap of a job's files, which also keeps the numbers and digests of the file being read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.digests = bytearray()
+        self.rows = bytearray()
 
     def add(self, role: FileRole, number: int, digest: bytes) -> None:
-        """Does what Overlap's does. Every line of a good file comes here, in order."""
+        """Does what Overlap's does. Every row of a good file comes here, in order."""
         super().add(role, number, digest)
-        self.digests += digest
+        self.rows += _ENTRY.pack(number, digest)
 
-    def replay(self, role: FileRole, digests: bytes) -> None:
-        """Adds the lines of a file that was read before."""
-        for start in range(0, len(digests), _DIGEST_BYTES):
-            self.add(role, start // _DIGEST_BYTES + 1, digests[start : start + _DIGEST_BYTES])
+    def replay(self, role: FileRole, rows: bytes) -> None:
+        """Adds the rows of a file that was read before."""
+        for number, digest in _ENTRY.iter_unpack(rows):
+            self.add(role, number, digest)
 
 
 def find(path: Path, reading: Reading, read: Callable[[], Iterator[bytes]], overlap: Recorded) -> Summary | None:
@@ -56,14 +59,14 @@ def find(path: Path, reading: Reading, read: Callable[[], Iterator[bytes]], over
         return None
     path.touch()
     kept = json.loads(body)
-    overlap.replay(reading.role, base64.b64decode(kept.pop("digests")))
+    overlap.replay(reading.role, base64.b64decode(kept.pop("rows")))
     return _summary(kept, _shape(kept.pop("used"), reading, read()))
 
 
 def save(path: Path, summary: Summary, overlap: Recorded) -> None:
     """Keeps what was found in a good file; on a full disk, nothing."""
     kept: dict[str, Any] = {item.name: getattr(summary, item.name) for item in fields(summary) if item.compare}
-    kept |= {"used": summary.shape.used, "digests": base64.b64encode(overlap.digests).decode()}
+    kept |= {"used": summary.shape.used, "rows": base64.b64encode(overlap.rows).decode()}
     body = json.dumps(kept).encode()
     partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
@@ -80,8 +83,9 @@ def _digest(body: bytes) -> bytes:
 def _summary(kept: dict[str, Any], shape: FileShape) -> Summary:
     """Rebuilds a summary from JSON, with its own types."""
     spelled = {int(number): tuple(tokens) for number, tokens in kept.pop("spelled").items()}
+    rendered, spoken = ({int(number): text for number, text in kept.pop(name).items()} for name in _TEXTS)
     answers = [(number, tokens) for number, tokens in kept.pop("answer_tokens")]
-    return Summary(**kept, spelled=spelled, answer_tokens=answers, shape=shape)
+    return Summary(**kept, spelled=spelled, rendered=rendered, spoken=spoken, answer_tokens=answers, shape=shape)
 
 
 def _shape(used: dict[str, str], reading: Reading, chunks: Iterator[bytes]) -> FileShape:

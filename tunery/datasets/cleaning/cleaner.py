@@ -101,11 +101,9 @@ def clean(
     apart = splits.hold_out(left, fraction=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
     with ExitStack() as files:
         outputs = [_Output(files.enter_context(path.open("wb"))) for path in (target, held_out) if path is not None]
-        rows = _write(lines.read_lines(source, named_columns(order.columns)), made, apart, outputs)
-    if unknown := [line for line in order.rows.drop if line > rows]:
-        raise InvalidValue(
-            param="rows.drop", reason=f"The file has {rows:,} rows, but no line {unknown[0]:,}. Correct 'rows'."
-        )
+        rows, unknown = _write(lines.read_lines(source, named_columns(order.columns)), made, apart, outputs)
+    if unknown:
+        raise _no_row(source, min(unknown), rows)
     if not outputs[0].rows:
         raise NothingLeft(rows=rows)
     return Cleaned(
@@ -168,17 +166,27 @@ class _Output:
         return Written(self.rows, self._bytes, self._digest.hexdigest())
 
 
-def _write(source: Iterator[Line], made: Plan, apart: Collection[int], outputs: list[_Output]) -> int:
-    """Writes the remaining rows, and drops those that cannot be written; returns how many the source has."""
-    rows = 0
+def _write(source: Iterator[Line], made: Plan, apart: Collection[int], outputs: list[_Output]) -> tuple[int, set[int]]:
+    """Writes the remaining rows, and drops those that cannot be written; returns how many the source has, and the lines
+    to drop on which none begins."""
+    rows, unknown = 0, set(made.dropped)
     fields: Mapping[int, dict[str, Any]] = made.fields
     for number, line, fault in source:
-        rows = number
+        rows += 1
+        unknown.discard(number)
         if fault is not None:
             made.drop(number, INVALID, fault)
         if number not in made.dropped:
             outputs[number in apart].write(lines.dump(fields[number]) if number in fields else line)
-    return rows
+    return rows, unknown
+
+
+def _no_row(source: Path, line: int, rows: int) -> InvalidValue:
+    """Returns the error for a line to drop on which no row begins: it may be a later one of a row, or the header."""
+    numbers = (row.number for row in lines.read_lines(source, {}))
+    nearest = min(numbers, key=lambda number: (number > line, abs(number - line)))
+    reason = f"The file has {rows:,} rows, but none begins on line {line}; one does on line {nearest}. Correct 'rows'."
+    return InvalidValue(param="rows.drop", reason=reason)
 
 
 def _sha256(path: Path) -> str:

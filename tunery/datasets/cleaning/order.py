@@ -85,7 +85,7 @@ class RowChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    drop: list[Int] = Field([], description="Lines of the file, from 1")
+    drop: list[Int] = Field([], description="Lines on which rows begin, as in the report")
 
 
 class HeldOut(BaseModel):

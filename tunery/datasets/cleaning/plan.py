@@ -78,10 +78,8 @@ def make(
     actions = order.chosen()
     asked = ask if TRUNCATED in actions else None
     implausible = [one for one in known or () if one.kind == IMPLAUSIBLE]
-    chosen = set(order.rows.drop)
-    for row in rows:
-        if row.line in chosen:
-            plan.drop(row.line, CHOSEN, "Was chosen.")
+    for line in order.rows.drop:
+        plan.drop(line, CHOSEN, "Was chosen.")
     for number in range(_ROUNDS if actions else 0):
         case = Case(plan.left(), against, ask=None if number else asked, **options)
         found = maker.find(case, _CERTAIN if number else _first_checks(known), _of_round(number, progress))

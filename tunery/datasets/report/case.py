@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding about some rows. `lines`: rows of the file, from 1; `against`: rows of the other file, likewise.
+    """A finding about some rows. `lines`: their numbers, see `SourceRow`; `against`: those of the other file's rows.
     `score`: confidence from 0 to 1, comparable within a kind. `action`: what to do."""
 
     kind: str

@@ -16,11 +16,13 @@ _ACTION = "Drop the rows from one of the two files if one of them is for testing
 
 @dataclass(frozen=True)
 class Other:
-    """Another file of the project. `lines`: the first line of each of its rows, by the row's digest."""
+    """Another file of the project. `lines`: the first line of each of its rows, by the row's digest. `has_lines`: see
+    `OtherFile`."""
 
     id: str
     name: str
     lines: Mapping[bytes, int]
+    has_lines: bool = True
 
 
 def digest(row: Row) -> bytes:
@@ -43,7 +45,7 @@ def unpack(data: bytes) -> dict[bytes, int]:
 
 def read(folder: Path, named: Iterable[OtherFile]) -> list[Other]:
     """Returns the other files, whose digests are in `folder` under their ids."""
-    return [Other(other.id, other.name, unpack((folder / other.id).read_bytes())) for other in named]
+    return [Other(other.id, other.name, unpack((folder / other.id).read_bytes()), other.has_lines) for other in named]
 
 
 def find(case: Case) -> Iterator[Finding]:
@@ -54,7 +56,8 @@ def find(case: Case) -> Iterator[Finding]:
     for other in case.others:
         shared = [(line, other.lines[key]) for line, key in digests if key in other.lines]
         if shared:
-            lines, there = [line for line, _ in shared], sorted({line for _, line in shared})
+            lines = [line for line, _ in shared]
+            there = sorted({line for _, line in shared}) if other.has_lines else []
             rows = "1 row is" if len(lines) == 1 else f"{len(lines):,} rows are"
             why = f"{rows} also in '{other.name}' ({other.id})."
             yield Finding("repeated_elsewhere", lines, len(lines) / len(digests), why, _ACTION, there)

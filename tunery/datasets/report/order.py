@@ -4,10 +4,12 @@ from pydantic import BaseModel
 
 
 class OtherFile(BaseModel):
-    """Another file of the project: its rows' digests are in the folder's others/ID."""
+    """Another file of the project: its rows' digests are in the folder's others/ID. `has_lines`: whether the numbers
+    with them are those of today's reports."""
 
     id: str
     name: str
+    has_lines: bool = True
 
 
 class Order(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from tunery.datasets.report.titles import TITLES
-from tunery.rows.jsonl import JSONL
+from tunery.rows import readers
 
 _SHOWN = 20
 """Findings of a kind that are shown in full."""
@@ -56,9 +56,9 @@ def render(name: str, said: Mapping[str, Any], *, state: Mapping[str, Any] | Non
 
 
 def describe(said: Mapping[str, Any]) -> str:
-    """Returns a file's format, what its columns become, and what its line numbers are."""
+    """Returns a file's format, what its columns become, and what its line numbers are where they are no lines."""
     parts = [said["format"], said["shape"]] if said["shape"] else [said["format"]]
-    if not said["format"].startswith(JSONL.name):
+    if not readers.counts_lines(said["format"]):
         parts.append("lines are counted by rows")
     return "; ".join(parts)
 

@@ -35,9 +35,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `fault`: why a job would refuse it. `rejected`: the text of a pair's other answer. `tools`: the names of
-    those that it offers. `question`: all that is said before the answer, by system messages not, since these stand
-    before every question alike."""
+    """One row. `line`: its number, see `SourceRow`. `fault`: why a job would refuse it. `rejected`: the text of a
+    pair's other answer. `tools`: the names of those that it offers. `question`: all that is said before the answer, by
+    system messages not, since these stand before every question alike."""
 
     line: int
     turns: tuple[Turn, ...]
