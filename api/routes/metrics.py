@@ -6,12 +6,14 @@ from fastapi.responses import Response
 from api.dependencies import CallerDep, SessionDep
 from api.json_route import JsonRoute
 from api.schemas.base import errors
-from tunery.jobs import quote_errors
+from tunery import monitoring
 from tunery.keys.errors import Forbidden
 
 router = APIRouter(tags=["Health"], route_class=JsonRoute)
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_EXAMPLE = '# TYPE tunery_jobs_in_quoted_range counter\ntunery_jobs_in_quoted_range{speed_from="same"} 12\n'
+_EXAMPLE = (
+    '# HELP tunery_jobs Jobs that have not ended, by state.\n# TYPE tunery_jobs gauge\ntunery_jobs{state="queued"} 12\n'
+)
 
 
 @router.get(
@@ -22,7 +24,8 @@ _EXAMPLE = '# TYPE tunery_jobs_in_quoted_range counter\ntunery_jobs_in_quoted_ra
     | {200: {"content": {"text/plain": {"example": _EXAMPLE}}, "description": "Prometheus' text"}},
 )
 def read_metrics(session: SessionDep, caller: CallerDep) -> Response:
-    """For administrators: the deviation of all projects' runs from their quotes."""
+    """For administrators: jobs, devices, webhooks and requests of all projects, and how far runs were from their
+    quotes."""
     if not caller.admin:
         raise Forbidden(action="read the metrics of all projects")
-    return Response(quote_errors.as_text(session), media_type=TYPE)
+    return Response(monitoring.as_text(session), media_type=TYPE)
