@@ -117,6 +117,26 @@ def test_rows_that_share_a_line_have_a_number_each() -> None:
     assert "there is text after the JSON object" in str(broken.fault)
 
 
+LONG = "Nein; nie.\n" * 9000
+"""More than the bytes by which a format is recognised, with one comma less than the header."""
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("Frage, kurz;Antwort\nWo?;Da, wo.\nWer?;Ich.\n", {"Frage, kurz": "Wo?", "Antwort": "Da, wo."}),
+        ('Frage, kurz;Antwort\n"Wo,\nwann?";Da.\nWer?;Ich.\n' + LONG, {"Frage, kurz": "Wo,\nwann?", "Antwort": "Da."}),
+        ('"prompt, or question";completion\nq;a\n', {"prompt, or question": "q", "completion": "a"}),
+        ("prompt,completion;old\nq,a\nq,a;b\n", {"prompt": "q", "completion;old": "a"}),
+        ("prompt,completion|old\nq,a\nq,a|b\n", {"prompt": "q", "completion|old": "a"}),
+        ("prompt\tcompletion, in words\nq, or r\ta\n", {"prompt": "q, or r", "completion, in words": "a"}),
+    ],
+)
+def test_of_several_signs_in_a_header_the_records_tell_which_separates(text: str, first: Row) -> None:
+    for size in (1, 7, 2**20):
+        assert read(text.encode(), size)[0] == (2, first)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_rows_of_a_table_are_numbered_by_the_lines_on_which_they_begin(end: str) -> None:
     lines = ["", "", "sep=,", "prompt,completion", "q,a", "", '"q', "", 'q",a', "q,a", "", "prompt,completion", "q,a"]
@@ -156,6 +176,13 @@ def outcome(data: bytes, size: int) -> str:
         return error.message
 
 
+@pytest.mark.parametrize("beside", ["x" * 70_000, "x"])
+def test_the_separator_does_not_depend_on_the_chunks(beside: str) -> None:
+    """The records that could tell it, or the header's end, are behind the bytes by which a format is recognised."""
+    data = f"a;b, {beside}\nq, r;s\n{'t' * 70_000};u, v, w\nx;y\n".encode()
+    assert outcome(data, 7) == outcome(data, 2**20)
+
+
 SIGNS = st.lists(st.sampled_from([*'[]{},:"', "\\", "\n", "\r", "a", "1", '{"a":1}', "\ufeff", " ", ";", "\t"]))
 
 
@@ -176,6 +203,7 @@ BROKEN = {
     "value of 50 MB": (b'a,b\n"' + b"x" * 50 * MIB, "Line 2: is longer than 4 MiB"),
     "quote without end": (b'a,b\n1,2\n"' + b"x\n" * 10 * MIB, "20000 lines, which is the limit for one row."),
     "short quote without end": (b'a,b\n1,2\n"x,y\nz,w\n', "CSV format. Line 3: a quoted value has no end."),
+    "quote of a TSV without end": (b'a\tb\n1\t2\n"x', "TSV format. Line 3: a quoted value has no end."),
     "nesting": (DEEP, "objects and lists are nested too deeply."),
     "nesting in a row": (b'[{"a": ' + DEEP + b"}]", "objects and lists are nested too deeply."),
     "array without end": (b'[{"a": 1},\n{"a": 2}\n', "Row 2: the array has no end: a ']' is missing."),
@@ -185,6 +213,8 @@ BROKEN = {
     "empty array": (b"[]", "the array is empty."),
     "array not in UTF-8": (b'[{"a": "\xff"}]', "the file is not UTF-8 (byte 9)."),
     "header alone": (b"a,b\n", "Line 2: the file has a header but no rows."),
+    "pipes beside a comma": (b"a|b, c\nx|y\nx|y, z\nx|y\n", "Line 1: the file is a table with '|' between"),
+    "pipes beside a quoted comma": (b'"a, b"|"c"\nx|y\n', "Line 1: the file is a table with '|' between its"),
     "header twice": (b"a,a\n1,2\n", "Line 1: two columns have the name 'a'."),
     "wide table": (b",".join(b"c%d" % n for n in range(5000)) + b"\n", "Line 1: the table has 5000 columns, more than"),
     "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "Line 3: is not UTF-8. Save the file as UTF-8."),

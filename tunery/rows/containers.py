@@ -95,7 +95,7 @@ def _binary(head: bytes) -> str | None:
     return _UTF8.format(kind="UTF-16 or UTF-32") if wide else _CONVERT.format(kind="a binary file")
 
 
-_SEPARATED_BY_PIPES = (
+SEPARATED_BY_PIPES = (
     "is a table with '|' between its columns. Separate them with commas, semicolons or tabs, and quote "
     "values that contain them."
 )
@@ -110,5 +110,5 @@ def _text(head: bytes) -> str | None:
     if _MARKUP.match(head):
         return "is a page of HTML or XML, perhaps a download's error page. Send the rows themselves."
     if _PIPES.fullmatch(head):
-        return _SEPARATED_BY_PIPES
+        return SEPARATED_BY_PIPES
     return None if not head or head.startswith((b"{", b'"', b"[")) else _NO_ROWS

@@ -44,7 +44,8 @@ class SourceRow(NamedTuple):
 
 
 class Parser(Protocol):
-    """Turns the bytes of one file, which come in chunks of any size, into rows.
+    """Turns the bytes of one file, which come in chunks of any size, into rows. The first chunk always has the file's
+    first `readers.HEAD_BYTES`, unless it is shorter.
 
     A fault of one row is in its SourceRow, and reading goes on; InvalidRows ends it. Each iterator is read to its end
     before the next call. Memory must not grow with the file: a format that is read from its end, as Parquet is, writes

@@ -95,7 +95,8 @@ class Reader:
         self.format = recognise(bytes(self._head[:HEAD_BYTES]))
         self._parser = self.format.open()
         head, self._head = bytes(self._head), bytearray()
-        yield from self._parser.feed(head)
+        yield from self._parser.feed(head[:HEAD_BYTES])
+        yield from self._parser.feed(head[HEAD_BYTES:])
 
 
 def read(chunks: Iterable[bytes]) -> Iterator[SourceRow]:

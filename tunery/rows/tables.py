@@ -2,10 +2,10 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
-from tunery.rows import containers
+from tunery.rows import containers, separators
 from tunery.rows.errors import InvalidRows, InvalidTable
 from tunery.rows.formats import Format, SourceRow
 from tunery.rows.jsonl import MAX_LINE_BYTES
@@ -32,7 +32,9 @@ class TableParser:
     records are not part of a value either.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """`name`: the format's, for errors."""
+        self._name = name
         self._separator, self._is_spaced = ",", False
         self._columns: list[str] | None = None
         self._rest = bytearray()
@@ -42,6 +44,8 @@ class TableParser:
         self._line = 1
         self._has_rows = False
         self._next_try = 0
+        self._is_head = True
+        """Whether `_lines` are those of the first chunk, whose size does not depend on how the file arrives."""
         self._is_broken = False
         """Whether the next line is not UTF-8."""
 
@@ -61,6 +65,7 @@ class TableParser:
         if len(self._rest) + self._waiting > MAX_LINE_BYTES:
             yield from self._records(ended=False)
         self._refuse_long()
+        self._is_head = False
 
     def close(self) -> Iterator[SourceRow]:
         """Yields the remaining rows. Raises InvalidRows, also for a table without rows."""
@@ -123,7 +128,9 @@ class TableParser:
         self._lines, self._line = self._lines[above:], self._line + above
         if self._lines:
             header = self._lines[0]
-            self._separator = containers.separator(header.encode()) or ","
+            self._separator = separators.find(self._lines if self._is_head else [header]) or ","
+            if self._separator == separators.PIPE:
+                raise self._refuse(f"the file {containers.SEPARATED_BY_PIPES}")
             self._is_spaced = all(name.startswith(" ") for name in header.split(self._separator)[1:])
 
     def _take(self, record: list[str] | csv.Error, line: int) -> Iterator[SourceRow]:
@@ -154,7 +161,7 @@ class TableParser:
             )
 
     def _refuse(self, reason: str, line: int | None = None) -> InvalidRows:
-        return CSV.refuse(line or self._line, reason)
+        return InvalidTable(param="file", format=self._name, line=line or self._line, reason=reason)
 
 
 def _is_above(line: str) -> bool:
@@ -194,9 +201,12 @@ def _begins(head: bytes, separators: str) -> bool:
 
 
 def _format(name: str, separators: str) -> Format:
-    open: Callable[[], TableParser] = TableParser
     return Format(
-        name=name, recognises=lambda head: _begins(head, separators), open=open, error=InvalidTable, by_lines=True
+        name=name,
+        recognises=lambda head: _begins(head, separators),
+        open=partial(TableParser, name),
+        error=InvalidTable,
+        by_lines=True,
     )
 
 
