@@ -8,7 +8,7 @@ are removed after some days, such as webhook deliveries, are counted by gauges.
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from tunery.exposition import family, histogram
@@ -71,20 +71,20 @@ def _queues(session: Session) -> Iterator[str]:
 
 
 def _times(session: Session) -> Iterator[str]:
-    first = select(func.min(Attempt.started_at)).where(Attempt.job_id == Job.id).scalar_subquery()
-    waited = _epoch(first - Job.created_at)
+    first = select(Attempt.job_id, func.min(Attempt.started_at).label("at")).group_by(Attempt.job_id).subquery()
+    waited = select(_epoch(first.c.at - Job.created_at).label("seconds")).join(first, first.c.job_id == Job.id)
     yield from histogram(
         "tunery_job_wait_seconds",
         "Time from a job's creation to the start of its first attempt.",
         SECONDS,
         [({}, *_spread(session, waited))],
     )
-    lasted = _epoch(Job.finished_at - Job.created_at)
+    lasted = select(_epoch(Job.finished_at - Job.created_at).label("seconds"))
     yield from histogram(
         "tunery_job_duration_seconds",
         "Time from a job's creation to its end, by state.",
         SECONDS,
-        (({"state": state}, *_spread(session, lasted, Job.state == state)) for state in sorted(FINAL)),
+        (({"state": state}, *_spread(session, lasted.where(Job.state == state))) for state in sorted(FINAL)),
     )
 
 
@@ -92,11 +92,11 @@ def _epoch(interval: ColumnElement[Any]) -> ColumnElement[Any]:
     return func.extract("epoch", interval)
 
 
-def _spread(session: Session, seconds: ColumnElement[Any], *where: ColumnElement[bool]) -> tuple[list[int], int, float]:
-    """Returns how many jobs took at most each of SECONDS, how many there are, and their sum."""
+def _spread(session: Session, times: Select[Any]) -> tuple[list[int], int, float]:
+    """Returns how many of the `seconds` are at most each of SECONDS, how many there are, and their sum."""
+    seconds = times.subquery().c.seconds
     counts = [func.count().filter(seconds <= bound) for bound in SECONDS]
-    query = select(*counts, func.count(), func.sum(seconds)).select_from(Job).where(seconds.is_not(None), *where)
-    *found, total, together = session.execute(query).one()
+    *found, total, together = session.execute(select(*counts, func.count(), func.sum(seconds))).one()
     return found, total, float(together or 0)
 
 
