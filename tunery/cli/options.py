@@ -69,6 +69,7 @@ def confirm(question: str, *, yes: bool) -> None:
     try:
         agreed = typer.confirm(question, err=True)
     except typer.Abort:
+        output.errors.print()  # ends the line of the question
         raise client.Refused(
             message="Nothing was deleted, as nobody confirmed it. Pass --yes to skip the question."
         ) from None
