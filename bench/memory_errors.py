@@ -51,6 +51,8 @@ def of_run(run: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "labels": min(tokens, run["labels"]),
         "recompute": _layers(plan["recompute"]),
+        "offload": plan.get("offload") == "True",
+        "host_embedding": plan.get("host_embedding") == "True",
         "graphs": plan["graphs"] == "True",
         "accumulates": whole > tokens,
         "prompt": run.get("prompt", _PROMPT) if small else 0,

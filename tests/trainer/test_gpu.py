@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 from tunery.spec import Dpo, Evaluation, Full, Lora, Qlora
-from worker.trainer import checkpoints, packing
+from worker.trainer import checkpoints, embeddings, packing
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
 from worker.trainer.kernels import accumulation, adamw, adapters, casts, projections, stochastic
@@ -85,6 +85,24 @@ def test_technique_runs_from_directory_to_artifact(tmp_path: Path, tiny: Path, t
     assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert (folder / "out" / "parity.json").exists()
+
+
+def test_embedding_in_the_hosts_memory_is_looked_up_as_before(tmp_path: Path, tiny: Path) -> None:
+    found = []
+    for on_host in (False, True):
+        folder = lay_out(tmp_path / str(on_host), tiny, plan(technique=Lora(r=4)), ROWS)
+        t, progress = prepare(folder, MessageWriter(None), StopSignal()), Progress()
+        weight = t.objective.causal.get_input_embeddings().weight
+        if on_host:
+            before = weight.detach().clone()
+            allocated = torch.cuda.memory_allocated()
+            assert embeddings.move_to_host(t.objective.causal) == weight.nbytes
+            assert torch.cuda.memory_allocated() < allocated
+            assert weight.is_cuda
+            assert torch.equal(weight, before)
+        found.append([_take_step(t, progress)[0].train_loss for _ in range(t.total_steps)])
+
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 def test_packed_rows_keep_apart(tmp_path: Path, tiny: Path) -> None:

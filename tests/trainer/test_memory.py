@@ -15,7 +15,7 @@ from tunery.planning import activations, expected
 from tunery.planning import memory as planning
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import hardware, layout, preflight, reading, validation
+from worker.trainer import embeddings, hardware, layout, preflight, reading, validation
 from worker.trainer.data import Example, Row
 from worker.trainer.kernels import decoder
 from worker.trainer.loop import _take_step, train
@@ -240,6 +240,21 @@ def test_recorded_passes_are_not_larger_than_those_that_gain_from_it(
     assert longer.max_tokens == 150
 
 
+def test_embedding_makes_room_for_the_optimizers_state(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = training(tmp_path / "run", tiny)
+    t.optimizer.step = failing(t.optimizer.step, [1])
+    moved = iter([100, 0])
+    monkeypatch.setattr(embeddings, "move_to_host", lambda _: next(moved))
+    work = preflight.Work(technique=t.plan.technique, rows_a_step=8, mean_step=480, row=60, sequence=60, packs=False)
+
+    preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, work)
+
+    assert list(t.optimizer.state)
+    assert next(moved) == 0, "the embedding was moved"
+
+
 def test_state_that_does_not_fit_is_told_before_the_first_step(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny)
     t.optimizer.step = failing(t.optimizer.step, [1])
@@ -344,6 +359,37 @@ def test_a_full_fine_tune_takes_a_whole_step_whose_gradients_are_made_meanwhile(
 
     assert found == wanted
     assert (False in gpu.accumulated) == (rows == 4)
+
+
+@pytest.mark.parametrize(
+    ("free", "moved", "wanted"),
+    [
+        (300_000, 0, MemoryPlan(2700)),  # several micro-batches, but nothing is recomputed
+        (90_000, 60_000, MemoryPlan(1350, host_embedding=True)),
+        (90_000, 1_000, MemoryPlan(1489, recompute=1, host_embedding=True)),
+        (9_000, 3_000, MemoryPlan(1080, recompute=2, host_embedding=True)),  # did not fit at all
+    ],
+)
+def test_embedding_is_moved_where_activations_would_be_recomputed(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, free: int, moved: int, wanted: MemoryPlan
+) -> None:
+    t = training(tmp_path / "run", tiny)
+    gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
+    gpu = FakeGPU(monkeypatch, free + gradients)
+    work = preflight.Work(Lora(), rows_a_step=4, mean_step=4000, row=1000, sequence=1000, packs=False)
+    done: list[int] = []
+
+    def move(_causal: Any) -> int:
+        freed = 0 if done else moved
+        done.append(freed)
+        gpu.free += freed
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gpu.free, gpu.free))
+        return freed
+
+    monkeypatch.setattr(embeddings, "move_to_host", move)
+    monkeypatch.setattr(embeddings, "are_on_host", lambda _: bool(done))
+
+    assert preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda")) == wanted
 
 
 def test_a_packed_sequence_is_shortened_before_a_row_is_refused(

@@ -77,7 +77,7 @@ def kept() -> int:
         (lambda: f"{gib('head', 'workspaces'):.2f} of the last", "0.24 of the last"),
         (
             lambda: f"{memory.estimate(LLAMA_2_7B, Qlora(), max_seq_length=2048).bytes / 2**30:.2f} GiB",
-            "is with the driver's context 5.24 GiB",
+            "is with the driver's context 5.00 GiB",
         ),
         (lambda: f"{trainable_params(ONE_MATRIX, Lora(r=8, target_modules=['q_proj'])):,}", "| 65,536 of 16,777,216"),
         (lambda: f"{1 - 65_536 / 4096**2:.1%} fewer".replace("%", " %"), "99.6 % fewer | 8 x (4096 + 4096)"),

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from tunery.errors import InvalidValue
 from tunery.failures import DoesNotFit
-from tunery.planning import advice, changes, expected, memory, shape
+from tunery.planning import advice, changes, expected, memory, peak, shape
+from tunery.planning.peak import Setting
 from tunery.spec import Full, Hyperparameters, Lora, Plan, Qlora, Technique, TrainingSpec
 
 LLAMA_2_7B = LLAMA_8B | {
@@ -193,7 +194,7 @@ def test_counts_are_those_that_peft_prints() -> None:
 
 def test_base_weights_are_counted_as_they_are_kept() -> None:
     def base(technique: Technique, device: str = "cuda") -> float:
-        return memory.estimate(LLAMA_8B, technique, max_seq_length=2048, device=device).parts["base"] / 1e9
+        return peak.at_rest(Setting.of(LLAMA_8B, technique, device, "adamw", 1))["base"] / 1e9
 
     assert base(Lora()) == pytest.approx(16.06, abs=0.01)
     assert base(Lora(), "cpu") == pytest.approx(32.12, abs=0.01)
@@ -206,8 +207,9 @@ def test_whole_estimates_of_an_8b_model() -> None:
     def whole(technique: Technique) -> float:
         return memory.estimate(LLAMA_8B, technique, max_seq_length=2048).bytes / 1e9
 
-    assert whole(Qlora()) == pytest.approx(7.54, abs=0.05)
-    assert whole(Lora()) == pytest.approx(17.78, abs=0.05)
+    # Without the embedding, 1.05 GB, which is in the host's memory.
+    assert whole(Qlora()) == pytest.approx(6.49, abs=0.05)
+    assert whole(Lora()) == pytest.approx(16.73, abs=0.05)
     assert whole(Full()) == pytest.approx(49.13, abs=0.05)
     # 2,048 x 81,920 x 4 bytes = 0.67 GB of it are the inputs and outputs of one layer in fp32.
     assert whole(Lora(use_dora=True)) - whole(Lora(dropout=0.1)) == pytest.approx(2.53, abs=0.05)
@@ -387,7 +389,8 @@ def test_pieces_have_a_share_of_weights_gradients_and_moments() -> None:
 def test_adapters_stay_whole_on_a_base_in_pieces() -> None:
     whole, half = (memory.estimate(THIRTEEN_B, Lora(), max_seq_length=512, ranks=ranks).parts for ranks in (1, 2))
 
-    assert half["base"] * 2 == whole["base"]
+    embedding = 2 * THIRTEEN_B["vocab_size"] * THIRTEEN_B["hidden_size"]  # one card's may be in the host's memory
+    assert half["base"] * 2 == whole["base"] + embedding
     assert all(half[part] == whole[part] for part in ("adapter", "gradients", "optimizer"))
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from tunery.failures import DoesNotFit
-from tunery.planning import expected, memory
-from tunery.planning.peak import Estimate
+from tunery.planning import expected, memory, peak
+from tunery.planning.peak import Estimate, Setting
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Resources, Technique
 
@@ -49,9 +49,10 @@ def check(
     need = memory.estimate(model_info, technique, max_seq_length=length, **asked)
     if need.bytes > capacity:
         ranks, rows = asked["ranks"], "rows" if asked["rows"] == 1 else "pairs of rows"
+        weights = peak.at_rest(Setting.of(model_info, technique, device, asked["optimizer"], ranks))["base"]
         raise DoesNotFit(
             param="technique",
-            what=f"A {technique.type} fine-tune of {model} ({memory.gib(need.parts['base'])} of weights"
+            what=f"A {technique.type} fine-tune of {model} ({memory.gib(weights)} of weights"
             f"{f' on each of {ranks} GPUs' if ranks > 1 else ''}), {rows} of {length} tokens,",
             needed=f"about {memory.gib(need.bytes)}",
             device="GPU" if device == "cuda" else "host",

@@ -71,7 +71,8 @@ def plan(s: Setting, load: Load, capacity: int) -> Expected | None:
         return None
     found = peak.peak(s, _with_check(s, step, load, capacity))
     made = Expected(step, Estimate(found.parts | {"fixed": PROCESS_BYTES[s.device]}))
-    return made if made.estimate.bytes <= capacity else None
+    least = max(made.estimate.bytes, PROCESS_BYTES[s.device] + peak.loaded_bytes(s))
+    return made if least <= capacity else None
 
 
 def run(
@@ -223,17 +224,22 @@ def _on_cpu(load: Load) -> Step:
 
 def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
     wanted, room, needs = min(load.step, GPU_TOKENS), _room(s, load, capacity), _needs(s, load.longest)
+    moves = False
     if s.ranks > 1:
         fits = int(max(0.0, room - needs.fixed) / max(1.0, needs.all))
         found = Split(max(load.longest, min(wanted, fits)), s.shape.layers) if fits >= load.longest else None
     else:
         found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
+        moves = s.movable_bytes > 0 and (found is None or found.recompute > 0)
+        if moves:
+            room += HEADROOM * s.movable_bytes
+            found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
         if s.is_full and wanted == load.step and (found is None or found.recompute or found.tokens < wanted):
             found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)
     if found is None:
         return None
     graphs = not found.recompute and _is_recorded(s, found.tokens)
-    how = {"recompute": found.recompute, "offload": found.offload, "graphs": graphs}
+    how = {"recompute": found.recompute, "offload": found.offload, "graphs": graphs, "host_embedding": moves}
     return _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
 
 

@@ -1,7 +1,8 @@
 """The minimum memory of a run, from a base's config alone: no weights, no torch.
 
 The minimum is one example at a time, of `rows` sequences of `max_seq_length` tokens, on a GPU with all activations
-recomputed from layer inputs in the host's memory, as the trainer does when memory is short. The trainer then measures
+recomputed from layer inputs in the host's memory, and the input embedding there too, as the trainer does when memory is
+short. The trainer then measures
 and takes larger micro-batches if they fit, as predicted by `expected.py`. Below this bound a run is impossible; above
 it, it may work. Sizes are of one device; several GPUs hold a copy each.
 
@@ -39,7 +40,8 @@ def estimate(
     tokens = tokens if device == "cuda" else max(tokens, CPU_MICRO_BATCH)
     setting = Setting.of(model_info, technique, device, optimizer, ranks)
     layers = setting.shape.layers if device == "cuda" else 0
-    found = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=ranks == 1 and layers > 0))
+    offload = ranks == 1 and layers > 0
+    found = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=offload, host_embedding=True))
     return Estimate(found.parts | {"fixed": PROCESS_BYTES[device]})
 
 

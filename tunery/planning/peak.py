@@ -53,7 +53,8 @@ class Step:
     `recompute`: how many layers' activations the backward pass recomputes. `offload`: the inputs of these are in the
     host's memory. `graphs`: passes are recorded as CUDA graphs, which keep
     gradients between steps. `accumulates`: a step has several micro-batches. `prompt`: tokens of the longest prompt
-    with which the files are compared at the end; 0 without a comparison.
+    with which the files are compared at the end; 0 without a comparison. `host_embedding`: the input embedding is in
+    the host's memory, if it can be.
     """
 
     tokens: int
@@ -64,6 +65,7 @@ class Step:
     accumulates: bool = False
     prompt: int = 0
     shortest: int = 0
+    host_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,16 @@ class Setting:
         return self.shape.vocabulary * BYTES[self.precision.dense]
 
     @property
+    def movable_bytes(self) -> int:
+        """Bytes of the input embedding if it can be in the host's memory: frozen, whole, and not the head, too."""
+        technique = self.technique
+        if isinstance(technique, Full) or "embed_tokens" in (technique.modules_to_save or ()):
+            return 0
+        if self.shape.tied or self.device != "cuda" or self.ranks > 1:
+            return 0
+        return self.shape.vocab * self.shape.hidden * BYTES[self.precision.dense]
+
+    @property
     def gradient_bytes(self) -> int:
         return self.learns * self.precision.trained_bytes
 
@@ -113,6 +125,11 @@ def at_rest(s: Setting) -> Parts:
     if not s.is_full:
         parts |= {"adapter": s.learns * s.precision.trained_bytes, "casts": _cast_bytes(s)}
     return parts
+
+
+def loaded_bytes(s: Setting) -> int:
+    """Returns what is allocated once the model has been loaded, with its input embedding."""
+    return sum(size for name, size in at_rest(s).items() if name in {"base", "adapter"})
 
 
 def _cast_bytes(s: Setting) -> int:
@@ -152,6 +169,8 @@ def phases(s: Setting, step: Step) -> Iterator[Parts]:
     if s.device == "cuda":
         rest["workspaces"] = WORKSPACE * (4 if step.graphs else 2)
     gradients = s.cut(s.gradient_bytes) if s.is_full else s.gradient_bytes
+    if step.host_embedding:
+        rest["base"] -= s.movable_bytes
     keeps = step.accumulates or step.graphs or not s.is_full
     layer = _layer_bytes(s)
     whole = s.vocabulary_bytes + 2 * layer if s.ranks > 1 else 0

@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
 VERSION = 2
 """Version of the snapshot format. Version 1, which recorded none, had the options as one hash and rank 0's state only.
 """
+_OF_THIS_HOST = frozenset({"graphs", "host_embedding"})
+"""Parts of a memory plan that a snapshot's does not replace."""
 KEPT_SNAPSHOTS = 2
 """While the newest is being uploaded the next may be written, so the one before is kept."""
 
@@ -172,7 +174,7 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
     On a GPU never a larger plan than fits this device, which may differ from the one that the run began on.
     """
     then = plans[min(stepper.ranks.index, len(plans) - 1)]
-    plan = replace(stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
+    plan = replace(stepper.memory, **{name: value for name, value in then.items() if name not in _OF_THIS_HOST})
     if then.get("recompute") is True:  # of a snapshot from before layers were counted
         plan = replace(plan, recompute=stepper.objective.layers)
     if stepper.device.type == "cuda":

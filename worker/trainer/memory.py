@@ -33,6 +33,7 @@ class MemoryPlan:
     recompute: int = 0  # of so many first layers the backward pass recomputes the activations instead of keeping them
     offload: bool = False  # the inputs of these layers are kept in the host's memory
     graphs: bool = False  # passes are recorded, and the graphs keep the memory that they use
+    host_embedding: bool = False  # the input embedding is in the host's memory
 
 
 def next_after(plan: MemoryPlan, parts: list[MicroBatch], layers: int) -> MemoryPlan | None:

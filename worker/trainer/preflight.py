@@ -29,7 +29,7 @@ from tunery.planning.expected import (
     whole_step,
 )
 from tunery.spec import Qlora, Technique
-from worker.trainer import sharding
+from worker.trainer import embeddings, sharding
 from worker.trainer.cuda_graphs import forward_backward, worthwhile
 from worker.trainer.data import Example, Row, collate
 from worker.trainer.memory import MemoryPlan
@@ -63,10 +63,8 @@ def fit_micro_batch(
     """
     device = next(objective.parameters()).device
     device_ready(device)
-    try:
-        make_state(optimizer)
-    except torch.OutOfMemoryError:
-        raise _does_not_fit(work, "The optimizer's state", device) from None
+    if not _made_state(optimizer) and not (embeddings.move_to_host(objective.causal) and _made_state(optimizer)):
+        raise _does_not_fit(work, "The optimizer's state", device)
     if device.type != "cuda":
         objective.recompute(objective.layers if objective.is_sharded else 0)  # as on GPUs: see _cut
         plan = MemoryPlan(max(CPU_MICRO_BATCH, work.sequence), recompute=objective.recomputes)
@@ -92,6 +90,15 @@ def device_ready(device: torch.device) -> None:
     if device.type == "cuda":
         one = torch.ones(16, 16, device=device, requires_grad=True)
         (one @ one).sum().backward()
+
+
+def _made_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Creates the optimizer's state; returns whether it fits."""
+    try:
+        make_state(optimizer)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -122,7 +129,8 @@ def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: tor
         found = _fastest(probe, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
         if found is not None:
             objective.recompute(found.recompute, offload=found.offload)
-            return MemoryPlan(found.tokens, recompute=found.recompute, offload=found.offload)
+            on_host = embeddings.are_on_host(objective.causal)
+            return MemoryPlan(found.tokens, recompute=found.recompute, offload=found.offload, host_embedding=on_host)
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
 
@@ -131,34 +139,21 @@ def _fastest(probe: "_Probe", wanted: int, length: int, *, is_step: bool) -> Spl
 
     `is_step`: the `wanted` tokens are those of a whole step.
     """
-    layers, evaluation = probe.objective.layers, probe.evaluation() / length
-    needs = Needs(layers, none=probe.peak(0) / length, evaluation=evaluation)
-    if not layers or needs.none * wanted <= probe.room():
-        return split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
-    kept, inputs = min(MEASURED, layers), probe.inputs()
-    two = probe.peak(layers, examples=2)
-    every, fixed = probe.peak(layers), 0.0
-    if math.isfinite(every):
-        fixed = fixed_bytes(every, two)
-    else:
-        every = probe.peak(layers, offload=True) + length * inputs * max(0, layers - 2) / layers
-    one, several = probe.peak(layers - 1), probe.peak(layers - kept)
-    needs = Needs(
-        layers,
-        none=needs.none - fixed / length,
-        all=(every - fixed) / length,
-        one=(one - fixed) / length,
-        layer=max(0.0, several - one) / (kept - 1) / length if math.isfinite(several) and kept > 1 else math.inf,
-        inputs=inputs,
-        evaluation=evaluation,
-        fixed=fixed,
-    )
+    room, evaluation = probe.room(), probe.evaluation() / length
+    needs = Needs(probe.objective.layers, none=probe.peak(0) / length, evaluation=evaluation)
+    if not needs.layers or needs.none * wanted <= room:
+        return split(room, needs, wanted, length, unpacks=probe.unpacks)
+    needs = probe.needs(needs, length)
+    found = split(room, needs, wanted, length, unpacks=probe.unpacks)
+    if (found is None or found.recompute) and embeddings.move_to_host(probe.objective.causal):
+        if found is None:  # what did not fit has not been measured
+            return _fastest(probe, wanted, length, is_step=is_step)
+        found = split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
     log.info("%.1f MiB for activations; bytes: %s", probe.room() / 2**20, needs)
-    found = split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
     if not probe.is_full or not is_step:
         return found
-    whole = whole_step(layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, evaluation))
-    return fastest((found, whole), layers, unpacks=probe.unpacks)
+    whole = whole_step(needs.layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, evaluation))
+    return fastest((found, whole), needs.layers, unpacks=probe.unpacks)
 
 
 @dataclass(frozen=True)
@@ -177,6 +172,27 @@ class _Probe:
     @property
     def is_full(self) -> bool:
         return all(p.requires_grad for p in self.objective.parameters())
+
+    def needs(self, known: Needs, length: int) -> Needs:
+        """Returns what is `known` with the bytes of passes that recompute; `length`: of the longest example."""
+        layers = known.layers
+        kept, inputs = min(MEASURED, layers), self.inputs()
+        two = self.peak(layers, examples=2)
+        every, fixed = self.peak(layers), 0.0
+        if math.isfinite(every):
+            fixed = fixed_bytes(every, two)
+        else:
+            every = self.peak(layers, offload=True) + length * inputs * max(0, layers - 2) / layers
+        one, several = self.peak(layers - 1), self.peak(layers - kept)
+        return replace(
+            known,
+            none=known.none - fixed / length,
+            all=(every - fixed) / length,
+            one=(one - fixed) / length,
+            layer=max(0.0, several - one) / (kept - 1) / length if math.isfinite(several) and kept > 1 else math.inf,
+            inputs=inputs,
+            fixed=fixed,
+        )
 
     def peak(self, recompute: int, *, offload: bool = False, examples: int = 1, accumulates: bool = True) -> float:
         """Returns the bytes of a forward and a backward pass over so many examples, with the first `recompute` layers
