@@ -231,7 +231,7 @@ def test_recorded_passes_are_not_larger_than_those_that_gain_from_it(
     assert t.stepper.memory.max_tokens == expected.CPU_MICRO_BATCH
     work = reading.work(t.run, t.rows, t.valid, packs=False, ranks=1)
     monkeypatch.setattr(preflight, "worthwhile", lambda *_: True)
-    monkeypatch.setattr(preflight, "RECORDED_TOKENS", 100)
+    monkeypatch.setattr(preflight, "most_tokens", lambda _: 100)
 
     found = preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, work)
 

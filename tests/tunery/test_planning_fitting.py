@@ -148,6 +148,15 @@ def test_small_models_are_recorded_and_their_files_compared() -> None:
     assert checked.estimate.parts["copy"] > 6 * 100_000_000
 
 
+@pytest.mark.parametrize(("tokens", "recorded"), [(3_000, True), (3_200, False)])
+def test_passes_are_recorded_up_to_their_work(tokens: int, recorded: bool) -> None:
+    """Beyond it, of 8 billion weights, the GPU takes longer than the host."""
+    found = expected.plan(Setting.of(LLAMA_8B, Lora(), "cuda", "adamw", 1), Load(512, tokens), 80 * GIB)
+    assert found is not None
+    assert found.step.graphs == recorded
+    assert expected.most_recorded(1_000_000_000) == 8_192
+
+
 def test_every_known_card_has_a_verdict_and_a_way_out() -> None:
     found = {card.name: card for card in fitting.on_cards(LLAMA_8B, Lora(), max_seq_length=2048)}
     assert found.keys() == {card.name for card in CARDS}

@@ -31,9 +31,9 @@ MEASURED = 3
 """Kept layers with which the need of a layer is measured, beside that with one."""
 HEADROOM = 0.9
 """Share of the free memory planned for activations; the rest is for the allocator's fragmentation."""
-RECORDED_PARAMS, RECORDED_TOKENS = 2_000_000_000, 8_192
-"""Limits for CUDA graphs. Beyond them a step is limited by the GPU, not by Python: graphs gain little and keep
-memory."""
+RECORDED_TOKENS, RECORDED_WORK = 8_192, 25 * 10**12
+"""Limits for passes recorded as CUDA graphs: tokens, and tokens times weights. Beyond them a pass is limited by the
+GPU, not by Python: graphs gain little and keep memory."""
 PROCESS_BYTES = {"cuda": 500_000_000, "cpu": 600_000_000}
 """Memory beside the allocations: the GPU's context, or on a CPU the process with its libraries."""
 BATCH = 8
@@ -293,7 +293,12 @@ def fixed_bytes(one: float, two: float) -> float:
 
 def _is_recorded(s: Setting, tokens: int) -> bool:
     """Whether passes are recorded as CUDA graphs, assuming that method and RoPE can be recorded."""
-    return s.shape.params <= RECORDED_PARAMS and tokens <= RECORDED_TOKENS and not s.shape.experts
+    return tokens <= most_recorded(s.shape.params) and not s.shape.experts
+
+
+def most_recorded(params: int) -> int:
+    """Returns the most tokens of a pass that is recorded, for a model of so many weights."""
+    return min(RECORDED_TOKENS, RECORDED_WORK // max(1, params))
 
 
 def _with_check(s: Setting, step: Step, load: Load, capacity: int) -> Step:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunery.planning.expected import RECORDED_PARAMS, RECORDED_TOKENS
+from tunery.planning.expected import most_recorded
 from worker.trainer import experts, rope
 from worker.trainer.data import Batch
 from worker.trainer.decoding.graphs import CudaRecorder, Recorder
 from worker.trainer.kernels import accumulation
 from worker.trainer.memory import shortage_noticed
-from worker.trainer.objective import Objective
+from worker.trainer.objective import Objective, all_and_trainable
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class CudaGraphs:
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
         self._seen: set[tuple[object, ...]] = set()
         self._each_warms_up = False
+        self._most = most_tokens(objective)
         self.failed = False
 
     def run(self, batch: Batch) -> Tensor:
@@ -59,7 +60,7 @@ class CudaGraphs:
         concatenated rows, whose kernels are the same for any number of tokens, only the first shape is warmed up. A
         batch that is too large to gain from it always runs eagerly.
         """
-        if batch.input_ids.numel() > RECORDED_TOKENS:
+        if batch.input_ids.numel() > self._most:
             return forward_backward(self._objective, batch, SCALE)
         key = _shape(batch)
         if self._is_warm(key):
@@ -79,7 +80,7 @@ class CudaGraphs:
         examples: dict[tuple[object, ...], Batch] = {}
         times: Counter[tuple[object, ...]] = Counter()
         for batch in batches:
-            if batch.input_ids.numel() <= RECORDED_TOKENS:
+            if batch.input_ids.numel() <= self._most:
                 examples.setdefault(_shape(batch), batch)
                 times[_shape(batch)] += 1
         chosen = [key for key, _ in times.most_common(MOST_GRAPHS)]
@@ -141,6 +142,11 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 
+def most_tokens(objective: Objective) -> int:
+    """Returns the most tokens of a pass that is recorded."""
+    return most_recorded(all_and_trainable(objective.model)[0])
+
+
 def worthwhile(objective: Objective, tokens: int, ranks: int = 1) -> bool:
     """Whether a rank's mean step has so few tokens that the host, not the GPU, limits its speed."""
     return reason_against(objective, tokens, ranks) is None
@@ -155,8 +161,7 @@ def reason_against(objective: Objective, tokens: int, ranks: int = 1) -> str | N
         "its noise is drawn for rows of these lengths": objective.noise is not None,
         "not on a GPU": not next(objective.parameters()).is_cuda,
         "its weights are cut over the ranks": objective.is_sharded,
-        f"more than {RECORDED_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > RECORDED_PARAMS,
-        f"more than {RECORDED_TOKENS:,} tokens at once": tokens > RECORDED_TOKENS,
+        f"more than {(most := most_tokens(objective)):,} tokens at once": tokens > most,
         "gradients are sent to the other GPUs while others are computed": ranks > 1 and trained > OVERLAPPED,
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding would change the lengths
         "activations are computed again": objective.recomputes,

@@ -18,7 +18,6 @@ from tunery.planning.expected import (
     CPU_MICRO_BATCH,
     GPU_TOKENS,
     MEASURED,
-    RECORDED_TOKENS,
     Needs,
     Split,
     fastest,
@@ -30,7 +29,7 @@ from tunery.planning.expected import (
 )
 from tunery.spec import Qlora, Technique
 from worker.trainer import embeddings, sharding
-from worker.trainer.cuda_graphs import forward_backward, worthwhile
+from worker.trainer.cuda_graphs import forward_backward, most_tokens, worthwhile
 from worker.trainer.data import Example, Row, collate
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
@@ -77,7 +76,7 @@ def fit_micro_batch(
     if not worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks):
         return plan
     # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
-    most = max(work.sequence, min(plan.max_tokens, RECORDED_TOKENS))
+    most = max(work.sequence, min(plan.max_tokens, most_tokens(objective)))
     packed = None if plan.packed_tokens is None else min(plan.packed_tokens, most)
     return replace(plan, max_tokens=most, packed_tokens=packed, graphs=True)
 
