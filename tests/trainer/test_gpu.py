@@ -44,8 +44,11 @@ EACH_TECHNIQUE = pytest.mark.parametrize(
 Recorded = Literal["never", "in the steps", "ahead"]
 
 
-def losses(folder: Path, base: Path, recorded: Recorded, **changes: Any) -> list[tuple[float, float]]:
+def losses(
+    folder: Path, base: Path, recorded: Recorded, recompute: int = 0, **changes: Any
+) -> list[tuple[float, float]]:
     t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), MessageWriter(None), StopSignal())
+    t.stepper.adopt(replace(t.stepper.memory, recompute=recompute))
     assert t.stepper.graphs is not None
     if recorded == "never":
         t.stepper.adopt(replace(t.stepper.memory, graphs=False))
@@ -76,6 +79,16 @@ def test_recorded_passes_train_as_usual_ones_do(tmp_path: Path, tiny: Path, tech
         for (loss, norm), (other_loss, other_norm) in zip(usual, found, strict=True):
             assert other_loss == pytest.approx(loss, rel=0.02)
             assert other_norm == pytest.approx(norm, rel=0.1)
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
+def test_recorded_passes_recompute_layers(tmp_path: Path, tiny: Path, technique: Any) -> None:
+    usual = losses(tmp_path / "usual", tiny, "never", technique=technique)
+    found = losses(tmp_path / "recorded", tiny, "ahead", recompute=2, technique=technique)
+
+    for (loss, norm), (other_loss, other_norm) in zip(usual, found, strict=True):
+        assert other_loss == pytest.approx(loss, rel=0.02)
+        assert other_norm == pytest.approx(norm, rel=0.1)
 
 
 @EACH_TECHNIQUE

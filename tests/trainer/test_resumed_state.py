@@ -120,4 +120,6 @@ def test_snapshot_that_says_only_whether_layers_are_recomputed(tmp_path: Path, t
     assert (t.stepper.memory.recompute, t.objective.recomputes) == (2, 2)
     checkpoints._take_over(t.stepper, [old | {"recompute": False}])
     assert t.stepper.memory == MemoryPlan(64)
+    checkpoints._take_over(t.stepper, [old | {"host_embedding": True}])  # of a host with less memory
+    assert t.stepper.memory == MemoryPlan(64)
     assert t.objective.recomputes == 0

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tunery.planning import peak
+from tunery.planning import activations, peak
 from tunery.planning.peak import Estimate, Parts, Setting, Step
-from tunery.spec import Lora, Sharding, Technique
+from tunery.spec import Full, Lora, Sharding, Technique
 
 CPU_MICRO_BATCH = 1024
 """Tokens of a CPU micro-batch. Larger ones are no faster: the matrix products fill the cores, and padding grows."""
@@ -238,7 +238,7 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
             found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)
     if found is None:
         return None
-    graphs = not found.recompute and _is_recorded(s, found.tokens)
+    graphs = (not found.recompute or _recomputes_alone(s, found)) and _is_recorded(s, found.tokens)
     how = {"recompute": found.recompute, "offload": found.offload, "graphs": graphs, "host_embedding": moves}
     return _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
 
@@ -294,6 +294,13 @@ def fixed_bytes(one: float, two: float) -> float:
 def _is_recorded(s: Setting, tokens: int) -> bool:
     """Whether passes are recorded as CUDA graphs, assuming that method and RoPE can be recorded."""
     return tokens <= most_recorded(s.shape.params) and not s.shape.experts
+
+
+def _recomputes_alone(s: Setting, found: Split) -> bool:
+    """Whether recomputed layers are recorded: they draw no random numbers, and gradients are small."""
+    if isinstance(s.technique, Full) or s.technique.dropout or found.offload:
+        return False
+    return activations.find_path(s.shape, s.technique, s.precision) == "fused"
 
 
 def most_recorded(params: int) -> int:

@@ -187,7 +187,7 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
             recompute=max(stepper.memory.recompute, plan.recompute),
             offload=stepper.memory.offload or plan.offload,
         )
-    stepper.adopt(replace(plan, graphs=plan.graphs and not plan.recompute))
+    stepper.adopt(replace(plan, graphs=plan.graphs and not plan.offload))
 
 
 def _of_format_1(

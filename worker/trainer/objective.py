@@ -103,6 +103,11 @@ class Objective(nn.Module):
         """How many layers' activations the backward pass recomputes instead of keeping them."""
         return self._recomputation.count
 
+    @property
+    def recomputes_alone(self) -> bool:
+        """Whether the recomputed layers need nothing but their inputs on the device: no random numbers, no copies."""
+        return not (self._recomputation.draws or self._recomputation.offloads)
+
     def recompute(self, layers: int | None = None, *, offload: bool = False) -> None:
         """Makes the backward pass recompute the activations of the first `layers`, by default of all.
 

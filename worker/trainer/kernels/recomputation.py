@@ -51,6 +51,8 @@ class Recomputation:
         """Number of the first layers that are recomputed."""
         self.offloads = False
         """Whether the inputs of these layers are kept in the host's memory."""
+        self.draws = False
+        """Whether these layers may draw random numbers."""
 
     def of(self, count: int, *, offload: bool = False) -> None:
         """Recomputes the first `count` layers from now on, and no others. `offload`: see `offloads`."""
@@ -58,8 +60,10 @@ class Recomputation:
             _unwrap(layer)
         self.count, self.offloads = min(count, len(self.layers)), offload
         host = HostCopies() if offload else None
-        for layer in self.layers[: self.count]:
-            layer.forward = _recomputed(layer.forward, host, draws=_draws(layer))
+        draws = [_draws(layer) for layer in self.layers[: self.count]]
+        self.draws = any(draws)
+        for layer, each in zip(self.layers, draws, strict=False):
+            layer.forward = _recomputed(layer.forward, host, draws=each)
 
 
 def _draws(layer: nn.Module) -> bool:
