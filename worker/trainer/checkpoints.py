@@ -187,7 +187,10 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
             recompute=max(stepper.memory.recompute, plan.recompute),
             offload=stepper.memory.offload or plan.offload,
         )
-    stepper.adopt(replace(plan, graphs=plan.graphs and not plan.offload))
+    same = (plan.recompute, plan.offload) == (stepper.memory.recompute, stepper.memory.offload)
+    stepper.adopt(
+        replace(plan, graphs=plan.graphs and same)
+    )  # else preflight has not judged whether it can be recorded
 
 
 def _of_format_1(
