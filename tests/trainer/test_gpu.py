@@ -45,10 +45,10 @@ Recorded = Literal["never", "in the steps", "ahead"]
 
 
 def losses(
-    folder: Path, base: Path, recorded: Recorded, recompute: int = 0, **changes: Any
+    folder: Path, base: Path, recorded: Recorded, recompute: int = 0, offload: bool = False, **changes: Any
 ) -> list[tuple[float, float]]:
     t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), MessageWriter(None), StopSignal())
-    t.stepper.adopt(replace(t.stepper.memory, recompute=recompute))
+    t.stepper.adopt(replace(t.stepper.memory, recompute=recompute, offload=offload))
     assert t.stepper.graphs is not None
     if recorded == "never":
         t.stepper.adopt(replace(t.stepper.memory, graphs=False))
@@ -81,10 +81,12 @@ def test_recorded_passes_train_as_usual_ones_do(tmp_path: Path, tiny: Path, tech
             assert other_norm == pytest.approx(norm, rel=0.1)
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "from the host"])
 @pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
-def test_recorded_passes_recompute_layers(tmp_path: Path, tiny: Path, technique: Any) -> None:
-    usual = losses(tmp_path / "usual", tiny, "never", technique=technique)
-    found = losses(tmp_path / "recorded", tiny, "ahead", recompute=2, technique=technique)
+def test_recorded_passes_recompute_layers(tmp_path: Path, tiny: Path, technique: Any, offload: bool) -> None:
+    how: dict[str, Any] = {"technique": technique, "learning_rate": 1e-3}
+    usual = losses(tmp_path / "usual", tiny, "never", **how)
+    found = losses(tmp_path / "recorded", tiny, "ahead", recompute=2, offload=offload, **how)
 
     for (loss, norm), (other_loss, other_norm) in zip(usual, found, strict=True):
         assert other_loss == pytest.approx(loss, rel=0.02)

@@ -238,7 +238,7 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
             found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)
     if found is None:
         return None
-    graphs = (not found.recompute or _recomputes_alone(s, found)) and _is_recorded(s, found.tokens)
+    graphs = (not found.recompute or _recomputes_alone(s)) and _is_recorded(s, found.tokens)
     how = {"recompute": found.recompute, "offload": found.offload, "graphs": graphs, "host_embedding": moves}
     return _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
 
@@ -296,9 +296,9 @@ def _is_recorded(s: Setting, tokens: int) -> bool:
     return tokens <= most_recorded(s.shape.params) and not s.shape.experts
 
 
-def _recomputes_alone(s: Setting, found: Split) -> bool:
+def _recomputes_alone(s: Setting) -> bool:
     """Whether recomputed layers are recorded: they draw no random numbers, and gradients are small."""
-    if isinstance(s.technique, Full) or s.technique.dropout or found.offload:
+    if isinstance(s.technique, Full) or s.technique.dropout:
         return False
     return activations.find_path(s.shape, s.technique, s.precision) == "fused"
 

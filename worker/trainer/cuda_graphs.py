@@ -164,7 +164,7 @@ def reason_against(objective: Objective, tokens: int, ranks: int = 1) -> str | N
         f"more than {(most := most_tokens(objective)):,} tokens at once": tokens > most,
         "gradients are sent to the other GPUs while others are computed": ranks > 1 and trained > OVERLAPPED,
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding would change the lengths
-        "activations are computed again with random numbers, or inputs from the host": not objective.recomputes_alone,
+        "activations are computed again with the same random numbers": objective.draws_again,
         "gradients need the memory of activations": objective.recomputes and trained > OVERLAPPED,
         "the experts' work depends on the batch": experts.are_in(config),  # the host reads each batch's routing
     }

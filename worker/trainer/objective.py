@@ -104,9 +104,9 @@ class Objective(nn.Module):
         return self._recomputation.count
 
     @property
-    def recomputes_alone(self) -> bool:
-        """Whether the recomputed layers need nothing but their inputs on the device: no random numbers, no copies."""
-        return not (self._recomputation.draws or self._recomputation.offloads)
+    def draws_again(self) -> bool:
+        """Whether recomputed layers may draw random numbers, the same again."""
+        return self._recomputation.draws
 
     def recompute(self, layers: int | None = None, *, offload: bool = False) -> None:
         """Makes the backward pass recompute the activations of the first `layers`, by default of all.

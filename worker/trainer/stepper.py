@@ -214,6 +214,7 @@ class Stepper:
         """Uses `plan` as the memory plan from now on."""
         if (plan.recompute, plan.offload) != (self.memory.recompute, self.memory.offload):
             self.objective.recompute(plan.recompute, offload=plan.offload)
+            self.record_again()  # recordings recompute as before, and copy to buffers that are gone
         if not plan.graphs:
             self.graphs = self._recorded = None
         if self.device.type == "cuda":

@@ -100,13 +100,14 @@ class HostCopies:
     """Keeps tensors in pinned memory of the host between the forward and the backward pass.
 
     Copies run beside the computation, in one stream of their own: in the backward pass the copy of a layer's input
-    begins when the next layer's is used.
+    begins when the next layer's is used. Passes may be recorded: later ones find their buffers at the same addresses.
     """
 
     def __init__(self) -> None:
         self._stream: Any = None
         self._buffers: list[Tensor] = []
         self._last: weakref.ref[_Held] | None = None
+        self._leaving: Tensor | None = None
 
     def keeping(self) -> saved_tensors_hooks:
         """Returns the context in which saved tensors are kept here."""
@@ -118,11 +119,21 @@ class HostCopies:
         self._stream = self._stream or torch.cuda.Stream(tensor.device)
         held = _Held(tensor, self._buffers, self._last)
         self._last = weakref.ref(held)
+        self._let_go()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             held.view.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(self._stream)
+        self._leaving = tensor.detach()
         return held
+
+    def _let_go(self) -> None:
+        """Frees the tensor that was copied last, after its copy.
+
+        Why not `record_stream`: what it frees while a pass is recorded cannot be used again in that recording.
+        """
+        if self._leaving is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._leaving = None
 
     def _unpack(self, held: "Tensor | _Held") -> Tensor:
         if isinstance(held, Tensor):
@@ -130,6 +141,7 @@ class HostCopies:
         self._fetch(held)
         found, held.fetched = held.fetched, None
         torch.cuda.current_stream().wait_stream(self._stream)
+        self._leaving = None
         if held.previous is not None and (previous := held.previous()) is not None:
             self._fetch(previous)
         return cast(Tensor, found)
@@ -154,7 +166,8 @@ class _Held:
         self.fetched: Tensor | None = None
 
     def __del__(self) -> None:
-        # All copies from and to buffers are in one stream, so a buffer's next copy waits for its last one.
+        # All copies from and to buffers are in one stream, so a buffer's next copy waits for its last one, and so does
+        # a recording's, which ends after its own.
         self._buffers.append(self._buffer)
 
 
