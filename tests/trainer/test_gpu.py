@@ -93,6 +93,18 @@ def test_recorded_passes_recompute_layers(tmp_path: Path, tiny: Path, technique:
         assert other_norm == pytest.approx(norm, rel=0.1)
 
 
+def test_recordings_leave_no_memory_behind(tmp_path: Path, tiny: Path) -> None:
+    t, progress = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal()), Progress()
+    before = torch.cuda.memory_allocated()
+    record_ahead(t, progress)
+    _take_step(t, progress)
+    assert t.stepper.graphs is not None
+    assert t.stepper.graphs.count > 0
+    t.stepper.rest()
+
+    assert torch.cuda.memory_allocated() - before < 2**20  # what cuBLAS works in would be 64 MiB
+
+
 @EACH_TECHNIQUE
 def test_technique_runs_from_directory_to_artifact(tmp_path: Path, tiny: Path, technique: Any) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(technique=technique), ROWS, ROWS[:4], ROWS[:4])

@@ -239,8 +239,10 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
     if found is None:
         return None
     graphs = (not found.recompute or _recomputes_alone(s)) and _is_recorded(s, found.tokens)
-    how = {"recompute": found.recompute, "offload": found.offload, "graphs": graphs, "host_embedding": moves}
-    return _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
+    how = {"recompute": found.recompute, "offload": found.offload, "host_embedding": moves}
+    step = _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
+    recorded = replace(step, graphs=graphs)
+    return recorded if PROCESS_BYTES[s.device] + peak.peak(s, recorded).bytes <= capacity else step
 
 
 def _step(load: Load, tokens: int, **how: Any) -> Step:

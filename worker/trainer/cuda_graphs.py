@@ -18,7 +18,7 @@ from worker.trainer import experts, rope
 from worker.trainer.data import Batch
 from worker.trainer.decoding.graphs import CudaRecorder, Recorder
 from worker.trainer.kernels import accumulation
-from worker.trainer.memory import shortage_noticed
+from worker.trainer.memory import release, shortage_noticed
 from worker.trainer.objective import Objective, all_and_trainable
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class CudaGraphs:
         """
         if key in self._recorded or len(self._recorded) == MOST_GRAPHS:
             return
+        release(batch.input_ids.device)  # what passes took so far: the recording takes as much beside it
         try:
             sums, replay = self._recorder.record(lambda: forward_backward(self._objective, batch, SCALE))
         except RuntimeError as error:
@@ -128,6 +129,8 @@ class CudaGraphs:
             self.failed = True
         else:
             self._recorded[key] = _Recorded(batch, sums, replay)
+        finally:
+            release(batch.input_ids.device)
 
 
 def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor:

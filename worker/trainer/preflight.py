@@ -31,7 +31,7 @@ from tunery.spec import Qlora, Technique
 from worker.trainer import embeddings, sharding
 from worker.trainer.cuda_graphs import forward_backward, most_tokens, worthwhile
 from worker.trainer.data import Example, Row, collate
-from worker.trainer.memory import MemoryPlan
+from worker.trainer.memory import MemoryPlan, release
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
@@ -129,6 +129,7 @@ def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: tor
         if found is not None:
             objective.recompute(found.recompute, offload=found.offload)
             on_host = embeddings.are_on_host(objective.causal)
+            torch.cuda.reset_peak_memory_stats(device)  # the run's own peak: not that of passes that did not fit
             return MemoryPlan(found.tokens, recompute=found.recompute, offload=found.offload, host_embedding=on_host)
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
@@ -252,7 +253,7 @@ def _undone(measure: Callable[[], int], objective: Objective, device: torch.devi
     objective.train()
     objective.rest()
     objective.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
+    release(device)
     torch.set_rng_state(random)
     torch.cuda.set_rng_state(random_gpu, device)
     return found

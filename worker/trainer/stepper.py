@@ -16,7 +16,7 @@ from worker.trainer.cuda_graphs import CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches, share
 from worker.trainer.decoding.graphs import CudaRecorder
 from worker.trainer.lookups import Lookups
-from worker.trainer.memory import MemoryPlan, next_after
+from worker.trainer.memory import MemoryPlan, next_after, release
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 from worker.trainer.recorded_update import RecordedUpdate
@@ -217,8 +217,7 @@ class Stepper:
             self.record_again()  # recordings recompute as before, and copy to buffers that are gone
         if not plan.graphs:
             self.graphs = self._recorded = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
         if plan != self.memory:
             log.warning("the memory plan from here on: %s", plan)
         self.memory = plan
@@ -230,8 +229,7 @@ class Stepper:
         for recorded in (self.graphs, self._recorded):
             if recorded is not None:
                 recorded.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
 
     def record_again(self) -> None:
         """Drops the recorded passes, which run the model as it was when they were recorded."""
