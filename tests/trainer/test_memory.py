@@ -282,7 +282,9 @@ class FakeGPU:
             "get_device_properties": type("P", (), {"total_memory": free}),
         }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+        for name in ("set_rng_state", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
     def peak(self, objective: Any, examples: list[Row], _device: Any, *, accumulates: bool) -> int:
         tokens = sum(map(len, examples))
