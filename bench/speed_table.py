@@ -61,15 +61,15 @@ ROWS = {
     "full 1b": Row("llama3-1b", "full", recompute=True, stacks=("tunery", "unsloth", "trl-liger")),
     "generation 8b": Row("llama3-8b", "lora", stacks=("generation",)),
     "qlora 7b small": Row(
-        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.5, peer_leave=8.0, optimizer="adamw_8bit"
+        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.75, peer_leave=8.0, optimizer="adamw_8bit"
     ),
     "lora 0.6b": Row("qwen3-0.6b", "lora"),
     "lora 8b": Row("llama3-8b", "lora"),
     "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
     "lora moe": Row("qwen3-30b-a3b", "lora", stacks=("tunery", "unsloth", "trl-liger")),
-    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=8.35, peer_leave=11.5, optimizer="adamw_8bit"),
+    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=8.6, peer_leave=11.5, optimizer="adamw_8bit"),
     "qlora 8b small fp8": Row(
-        "llama3-8b", "qlora-fp8", recompute=True, leave=8.35, peer_leave=11.5, optimizer="adamw_8bit"
+        "llama3-8b", "qlora-fp8", recompute=True, leave=8.6, peer_leave=11.5, optimizer="adamw_8bit"
     ),
     "full 1b small": Row("llama3-1b", "full", recompute=True, leave=11.6, peer_leave=14.0),
 }
@@ -189,22 +189,37 @@ def begin(name: str, stack: str, bench: Bench) -> Measurement:
 
 def measure_all(names: list[str], runs: int, bench: Bench) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yields a row's name, the stack and its figures, for all rows once, then again, until the time is up."""
-    wanted = [(name, stack) for _ in range(runs) for name in names for stack in ROWS[name].stacks]
+    wanted = [each for _ in range(runs) for each in _measurements(names, bench)]
     upcoming: list[Measurement] = []
     try:
-        for number, (name, stack) in enumerate(wanted):
+        for number, (of, stack) in enumerate(wanted):
             if bench.left < LEAST_SECONDS:
                 return
-            current = upcoming.pop() if upcoming else begin(name, stack, bench)
-            bench.checkpoint(ROWS[name].shape)
-            leave = ROWS[name].leave if stack == "tunery" else ROWS[name].peer_leave
+            row = ROWS[of[0]]
+            current = upcoming.pop() if upcoming else begin(of[0], stack, bench)
+            bench.checkpoint(row.shape)
+            leave = row.leave if stack == "tunery" else row.peer_leave
             if number + 1 < len(wanted) and leave is None:  # a process that waits has some of the card's memory
-                upcoming.append(begin(*wanted[number + 1], bench))
+                following, next_stack = wanted[number + 1]
+                upcoming.append(begin(following[0], next_stack, bench))
             with bench.small_card(leave):
-                yield name, stack, current.run(bench, ROWS[name])
+                found = current.run(bench, row)
+            yield from ((name, stack, found) for name in of)
     finally:
         for measurement in upcoming:
             measurement.drop()
+
+
+def _measurements(names: list[str], bench: Bench) -> list[tuple[list[str], str]]:
+    """Returns what is measured for these rows: the rows and the stack of each. Rows in which a peer does the same,
+    as it has no eight bits, share its measurement.
+    """
+    of: dict[Any, tuple[list[str], str]] = {}
+    for name, stack in ((each, stack) for each in names for stack in ROWS[each].stacks):
+        row = ROWS[name]
+        key = name if stack == "tunery" else (*command(stack, bench, row), row.peer_leave)
+        of.setdefault(key, ([], stack))[0].append(name)
+    return list(of.values())
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -93,6 +93,38 @@ def test_recorded_passes_recompute_layers(tmp_path: Path, tiny: Path, technique:
         assert other_norm == pytest.approx(norm, rel=0.1)
 
 
+def of_recordings() -> int:
+    """Returns the bytes that torch has reserved for recordings."""
+    return sum(one["total_size"] for one in torch.cuda.memory_snapshot() if one["segment_pool_id"] != (0, 0))
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "from the host"])
+@pytest.mark.parametrize("failing", ["_forward", "_backward"])
+def test_recording_that_fails_leaves_no_memory_behind(
+    tmp_path: Path, tiny: Path, failing: str, offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t, progress = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal()), Progress()
+    t.stepper.adopt(replace(t.stepper.memory, recompute=2, offload=offload))
+    usual, calls = getattr(projections, failing), 0
+
+    def fails(*of: Any) -> Any:
+        nonlocal calls
+        calls += torch.cuda.is_current_stream_capturing()
+        if calls == 3:
+            raise torch.OutOfMemoryError("made for this test")
+        return usual(*of)
+
+    monkeypatch.setattr(projections, failing, fails)
+    record_ahead(t, progress)
+    assert t.stepper.graphs is not None
+    assert t.stepper.graphs.failed
+    assert math.isfinite(_take_step(t, progress)[0].train_loss)
+    t.stepper.adopt(replace(t.stepper.memory, graphs=False))
+
+    assert of_recordings() == 0
+    assert math.isfinite(_take_step(t, progress)[0].train_loss)
+
+
 def test_recordings_leave_no_memory_behind(tmp_path: Path, tiny: Path) -> None:
     t, progress = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal()), Progress()
     before = torch.cuda.memory_allocated()
@@ -102,6 +134,7 @@ def test_recordings_leave_no_memory_behind(tmp_path: Path, tiny: Path) -> None:
     assert t.stepper.graphs.count > 0
     t.stepper.rest()
 
+    assert of_recordings() == 0
     assert torch.cuda.memory_allocated() - before < 2**20  # what cuBLAS works in would be 64 MiB
 
 

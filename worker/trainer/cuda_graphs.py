@@ -138,10 +138,14 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
 
     Raises torch.OutOfMemoryError.
     """
-    with shortage_noticed():
-        sums = objective.sums(batch, scale)
-        with accumulation.together():
-            sums["loss"].backward()
+    try:
+        with shortage_noticed():
+            sums = objective.sums(batch, scale)
+            with accumulation.together():
+                sums["loss"].backward()
+    except RuntimeError:
+        objective.abandon()
+        raise
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 

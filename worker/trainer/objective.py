@@ -115,6 +115,10 @@ class Objective(nn.Module):
         """
         self._recomputation.of(self.layers if layers is None else layers, offload=offload)
 
+    def abandon(self) -> None:
+        """Ends what a pass that has failed has begun."""
+        self._recomputation.abandon()
+
     @torch.no_grad()
     def verify_chunked_loss(self, batch: Batch) -> None:
         """Compares the head's product with the model's own logits; the loss is not chunked if they differ.

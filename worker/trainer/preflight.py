@@ -31,7 +31,7 @@ from tunery.spec import Qlora, Technique
 from worker.trainer import embeddings, sharding
 from worker.trainer.cuda_graphs import forward_backward, most_tokens, worthwhile
 from worker.trainer.data import Example, Row, collate
-from worker.trainer.memory import MemoryPlan, release
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
@@ -253,7 +253,7 @@ def _undone(measure: Callable[[], int], objective: Objective, device: torch.devi
     objective.train()
     objective.rest()
     objective.zero_grad(set_to_none=True)
-    release(device)
+    torch.cuda.empty_cache()
     torch.set_rng_state(random)
     torch.cuda.set_rng_state(random_gpu, device)
     return found

@@ -53,17 +53,23 @@ class Recomputation:
         """Whether the inputs of these layers are kept in the host's memory."""
         self.draws = False
         """Whether these layers may draw random numbers."""
+        self._host: HostCopies | None = None
 
     def of(self, count: int, *, offload: bool = False) -> None:
         """Recomputes the first `count` layers from now on, and no others. `offload`: see `offloads`."""
         for layer in self.layers[: self.count]:
             _unwrap(layer)
         self.count, self.offloads = min(count, len(self.layers)), offload
-        host = HostCopies() if offload else None
+        self._host = HostCopies() if offload else None
         draws = [_draws(layer) for layer in self.layers[: self.count]]
         self.draws = any(draws)
         for layer, each in zip(self.layers, draws, strict=False):
-            layer.forward = _recomputed(layer.forward, host, draws=each)
+            layer.forward = _recomputed(layer.forward, self._host, draws=each)
+
+    def abandon(self) -> None:
+        """Ends what a pass that has failed has begun."""
+        if self._host is not None:
+            self._host.join()
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -108,6 +114,7 @@ class HostCopies:
         self._buffers: list[Tensor] = []
         self._last: weakref.ref[_Held] | None = None
         self._leaving: Tensor | None = None
+        self._is_apart = False
 
     def keeping(self) -> saved_tensors_hooks:
         """Returns the context in which saved tensors are kept here."""
@@ -119,29 +126,34 @@ class HostCopies:
         self._stream = self._stream or torch.cuda.Stream(tensor.device)
         held = _Held(tensor, self._buffers, self._last)
         self._last = weakref.ref(held)
-        self._let_go()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self.join()
+        with self._beside():
             held.view.copy_(tensor.detach(), non_blocking=True)
         self._leaving = tensor.detach()
         return held
 
-    def _let_go(self) -> None:
-        """Frees the tensor that was copied last, after its copy.
+    def join(self) -> None:
+        """Makes the pass wait for the copies that have begun, and frees the tensor that was copied last.
 
-        Why not `record_stream`: what it frees while a pass is recorded cannot be used again in that recording.
+        A pass that fails has to do it, too: it may be recorded, and a recording ends with all its streams joined. Why
+        not `record_stream`: what it frees while a pass is recorded cannot be used again in that recording.
         """
-        if self._leaving is not None:
+        if self._is_apart:
             torch.cuda.current_stream().wait_stream(self._stream)
-            self._leaving = None
+        self._is_apart, self._leaving = False, None
+
+    def _beside(self) -> Any:
+        """Returns the context in which copies run beside the pass, after its work so far."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._is_apart = True
+        return torch.cuda.stream(self._stream)
 
     def _unpack(self, held: "Tensor | _Held") -> Tensor:
         if isinstance(held, Tensor):
             return held
         self._fetch(held)
         found, held.fetched = held.fetched, None
-        torch.cuda.current_stream().wait_stream(self._stream)
-        self._leaving = None
+        self.join()
         if held.previous is not None and (previous := held.previous()) is not None:
             self._fetch(previous)
         return cast(Tensor, found)
@@ -151,8 +163,7 @@ class HostCopies:
         if held.fetched is not None:
             return
         held.fetched = torch.empty(held.view.shape, dtype=held.view.dtype, device=held.device)
-        self._stream.wait_stream(torch.cuda.current_stream())  # whose former work may still use this memory
-        with torch.cuda.stream(self._stream):
+        with self._beside():  # after former work, which may still use this memory
             held.fetched.copy_(held.view, non_blocking=True)
 
 
