@@ -117,10 +117,14 @@ def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[
     parameters: list[nn.Parameter] = [p for p in objective.parameters() if p.requires_grad]
     objective.train()
     device = batch.input_ids.device
-    with fp8.watched() as watch, torch.random.fork_rng([device] if device.type == "cuda" else []):
+
+    def run() -> None:
         sums = objective.sums(batch, 1 / max(1, batch.targets.numel()))
         # Not `backward`: recorded passes may add to `.grad`.
         torch.autograd.grad(sums["loss"], parameters, allow_unused=True)
+
+    with fp8.watched() as watch, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        objective.with_least_memory(run)
     found: dict[str, tuple[float, float]] = {}
     for (base, _), product in watch.found.items():
         name = layers[base]

@@ -1,6 +1,6 @@
 """The objective: a method's sums over a micro-batch, from the losses of its labelled tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -114,6 +114,25 @@ class Objective(nn.Module):
         `offload`: the inputs of these layers are kept in the host's memory.
         """
         self._recomputation.of(self.layers if layers is None else layers, offload=offload)
+
+    def with_least_memory(self, run: Callable[[], None]) -> None:
+        """Runs what passes the model once; if memory is too short, again with all layers recomputed and their inputs in
+        the host's memory, then as before. Raises torch.OutOfMemoryError if that does not fit either.
+        """
+        before = self._recomputation.count, self._recomputation.offloads
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            if before == (self.layers, True):
+                raise
+        else:
+            return
+        self.abandon()
+        self.recompute(offload=True)
+        try:
+            run()
+        finally:
+            self.recompute(before[0], offload=before[1])
 
     def abandon(self) -> None:
         """Ends what a pass that has failed has begun."""

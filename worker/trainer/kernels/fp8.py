@@ -8,6 +8,7 @@ capability 8.9 and above have the product in hardware, at about twice the rate o
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from typing import Any, Literal, Protocol
 import bitsandbytes
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 Direction = Literal["forward", "gradient"]
 LARGEST = 448.0
 """The largest number of e4m3."""
 _LEAST = 1e-12
+_TINY = 1e-30
+_PART = 2**22
 _SIDE = 16
 """The hardware's product requires widths that are a multiple of this."""
 LEAST_SIDE = 1024
@@ -91,11 +93,20 @@ class Watch:
 
     def compare(self, base: Any, direction: Direction, narrow: Tensor, wide: Tensor) -> None:
         """Records a product of the layer `base`."""
-        one, other = narrow.float().flatten(), wide.float().flatten()
-        length = float(other.norm())
-        if length:
-            cosine = float(functional.cosine_similarity(one, other, dim=0))
-            self.found[base, direction] = (cosine, float(one.norm()) / length)
+        product, one, other = _products(narrow, wide)
+        if other:
+            self.found[base, direction] = (product / max(math.sqrt(one * other), _TINY), math.sqrt(one / other))
+
+
+def _products(one: Tensor, other: Tensor) -> list[float]:
+    """Returns the inner products of `one` with `other`, of `one` with itself, and of `other` with itself."""
+    total = torch.zeros(3, dtype=torch.float64, device=one.device)
+    # In parts: copies of both in fp32 would need more memory than the products, where none is left.
+    for a, b in zip(one.flatten().split(_PART), other.flatten().split(_PART), strict=True):
+        a, b = a.float(), b.float()
+        total += torch.stack([a @ b, a @ a, b @ b])
+    found: list[float] = total.tolist()
+    return found
 
 
 _open: list[Watch] = []

@@ -60,7 +60,7 @@ class Recomputation:
         for layer in self.layers[: self.count]:
             _unwrap(layer)
         self.count, self.offloads = min(count, len(self.layers)), offload
-        self._host = HostCopies() if offload else None
+        self._host = (self._host or HostCopies()) if offload else None  # recordings know its buffers
         draws = [_draws(layer) for layer in self.layers[: self.count]]
         self.draws = any(draws)
         for layer, each in zip(self.layers, draws, strict=False):
