@@ -69,6 +69,37 @@ def test_base_in_four_bits_multiplies_in_eight(tmp_path: Path, tiny: Path) -> No
 
 
 @pytest.mark.usefixtures("any_size_and_device")
+def test_comparison_recomputes_layers_where_memory_is_short(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = begin(tmp_path / "run", tiny)
+    assert t.eight_bits is not None
+    wanted = eight_bits.compare(t.objective, t.eight_bits._batch, t.eight_bits.names)
+    usual, passes = t.objective.sums, []
+
+    def sums(*of: Any) -> Any:
+        passes.append(t.objective.recomputes)
+        if not t.objective.recomputes:
+            raise RuntimeError("CUDA error: out of memory\nwhere a kernel is loaded")
+        return usual(*of)
+
+    monkeypatch.setattr(t.objective, "sums", sums)
+    found = eight_bits.compare(t.objective, t.eight_bits._batch, t.eight_bits.names)
+
+    assert passes == [0, t.objective.layers]
+    assert found == {name: pytest.approx(product) for name, product in wanted.items()}
+    assert t.objective.recomputes == 0
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("made for this test")
+
+    t.objective.recompute(offload=True)
+    monkeypatch.setattr(t.objective, "sums", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        eight_bits.compare(t.objective, t.eight_bits._batch, t.eight_bits.names)
+
+
+@pytest.mark.usefixtures("any_size_and_device")
 def test_comparison_leaves_weights_gradients_and_random_numbers_as_they_are(tmp_path: Path, tiny: Path) -> None:
     t = begin(tmp_path / "run", tiny)
     assert t.eight_bits is not None

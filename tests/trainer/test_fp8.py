@@ -249,6 +249,18 @@ def test_watch_compares_both_directions_of_every_kind_of_product(device: str) ->
     assert fp8.watch() is None
 
 
+@pytest.mark.parametrize("part", [7, 1000], ids=["in parts", "at once"])
+def test_products_are_compared_by_cosine_and_norm(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "_PART", part)
+    watch, layer = fp8.Watch(), object()
+    one, other = (torch.randn(5, 9) for _ in range(2))
+    watch.compare(layer, "forward", one, other)
+    watch.compare(layer, "gradient", one, torch.zeros(5, 9))
+
+    cosine = float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))
+    assert watch.found == {(layer, "forward"): pytest.approx((cosine, float(one.norm() / other.norm())), rel=1e-5)}
+
+
 def test_frozen_product_beside_dropout_is_narrow_too() -> None:
     model = adapted("cpu", torch.float32, ((64, 96),))
     layer = model.base_model.model[0]

@@ -109,8 +109,8 @@ def test_recording_that_fails_leaves_no_memory_behind(
 
     def fails(*of: Any) -> Any:
         nonlocal calls
-        calls += torch.cuda.is_current_stream_capturing()
-        if calls == 3:
+        calls += (recording := torch.cuda.is_current_stream_capturing())
+        if recording and calls == 3:
             raise torch.OutOfMemoryError("made for this test")
         return usual(*of)
 

@@ -238,6 +238,8 @@ def test_recorded_passes_are_not_larger_than_those_that_gain_from_it(
     assert (found.max_tokens, found.packed_tokens, found.graphs) == (100, None, True)
     longer = preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, replace(work, sequence=150))
     assert longer.max_tokens == 150
+    short = preflight._recorded(MemoryPlan(100), preflight.RECORDING_BYTES - 1, t.objective, work)
+    assert short == MemoryPlan(100), "the recordings would not fit"
 
 
 def test_embedding_makes_room_for_the_optimizers_state(
@@ -333,14 +335,17 @@ def test_plan_is_what_fits(
         Lora(), rows_a_step=4, mean_step=4 * sequence, row=sequence, sequence=sequence, packs=False, validation=row
     )
 
-    def measured() -> MemoryPlan:
+    def measured() -> tuple[MemoryPlan, float]:
         return preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 
     if wanted is None:
         with pytest.raises(DoesNotFit):
             measured()
     else:
-        assert measured() == wanted
+        found, left = measured()
+        assert found == wanted
+        room = expected.HEADROOM * free
+        assert left == room - wanted.max_tokens * (100 if not wanted.recompute else 10 if wanted.recompute == 2 else 55)
         assert gpu.trained[0] == sequence
         assert gpu.evaluated == ([validation] if validation else [])
     assert t.objective.training
@@ -357,7 +362,7 @@ def test_a_full_fine_tune_takes_a_whole_step_whose_gradients_are_made_meanwhile(
     gpu.keeps = gradients // 4000  # fits only in the memory of gradients that are not there yet
     work = preflight.Work(Full(), rows_a_step=rows, mean_step=rows * 1000, row=1000, sequence=1000, packs=False)
 
-    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
+    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))[0]
 
     assert found == wanted
     assert (False in gpu.accumulated) == (rows == 4)
@@ -391,7 +396,7 @@ def test_embedding_is_moved_where_activations_would_be_recomputed(
     monkeypatch.setattr(embeddings, "move_to_host", move)
     monkeypatch.setattr(embeddings, "are_on_host", lambda _: bool(done))
 
-    assert preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda")) == wanted
+    assert preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))[0] == wanted
 
 
 def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
@@ -402,7 +407,7 @@ def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
     FakeGPU(monkeypatch, 15_000 + gradients)
     work = preflight.Work(Lora(), rows_a_step=4, mean_step=2000, row=500, sequence=2000, packs=True)
 
-    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
+    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))[0]
 
     assert found == MemoryPlan(1350, recompute=2)
 

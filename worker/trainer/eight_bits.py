@@ -15,6 +15,7 @@ from torch import nn
 from tunery.planning.precision import Precision
 from worker.trainer.data import Batch, Example, collate
 from worker.trainer.kernels import adapters, fp8
+from worker.trainer.memory import shortage_noticed
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
@@ -119,9 +120,10 @@ def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[
     device = batch.input_ids.device
 
     def run() -> None:
-        sums = objective.sums(batch, 1 / max(1, batch.targets.numel()))
-        # Not `backward`: recorded passes may add to `.grad`.
-        torch.autograd.grad(sums["loss"], parameters, allow_unused=True)
+        with shortage_noticed():
+            sums = objective.sums(batch, 1 / max(1, batch.targets.numel()))
+            # Not `backward`: recorded passes may add to `.grad`.
+            torch.autograd.grad(sums["loss"], parameters, allow_unused=True)
 
     with fp8.watched() as watch, torch.random.fork_rng([device] if device.type == "cuda" else []):
         objective.with_least_memory(run)

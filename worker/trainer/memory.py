@@ -19,7 +19,8 @@ def shortage_noticed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" not in str(error):
+        shortages = ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+        if isinstance(error, torch.OutOfMemoryError) or not any(each in str(error) for each in shortages):
             raise
         raise torch.OutOfMemoryError(str(error)) from error
 

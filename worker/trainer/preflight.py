@@ -37,6 +37,10 @@ from worker.trainer.parallel import Ranks
 
 log = logging.getLogger(__name__)
 
+RECORDING_BYTES = 128 * 2**20
+"""What recordings take beside activations: cuBLAS works in memory of their own, and the driver keeps every launch. On
+an H200 passes of a 7B model that left 57 MiB could not be recorded, those that left 155 could."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -64,16 +68,24 @@ def fit_micro_batch(
     device_ready(device)
     if not _made_state(optimizer) and not (embeddings.move_to_host(objective.causal) and _made_state(optimizer)):
         raise _does_not_fit(work, "The optimizer's state", device)
+    left = math.inf
     if device.type != "cuda":
         objective.recompute(objective.layers if objective.is_sharded else 0)  # as on GPUs: see _cut
         plan = MemoryPlan(max(CPU_MICRO_BATCH, work.sequence), recompute=objective.recomputes)
+    elif ranks is not None:
+        plan = _cut(objective, rows, work, ranks)
     else:
-        plan = _measured(objective, rows, work, device) if ranks is None else _cut(objective, rows, work, ranks)
+        plan, left = _measured(objective, rows, work, device)
     if objective.knows_borders:
         plan = replace(plan, packed_tokens=plan.max_tokens)
     elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
-    if not worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks):
+    return _recorded(plan, left, objective, work)
+
+
+def _recorded(plan: MemoryPlan, left: float, objective: Objective, work: Work) -> MemoryPlan:
+    """Returns the plan with recorded passes, if they gain from it and `left` bytes are enough for the recordings."""
+    if left < RECORDING_BYTES or not worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks):
         return plan
     # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
     most = max(work.sequence, min(plan.max_tokens, most_tokens(objective)))
@@ -120,40 +132,46 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
-def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> MemoryPlan:
+def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> tuple[MemoryPlan, float]:
+    """Returns the plan and the bytes that its passes leave free, as far as they are recorded."""
     wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
     for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
         example = _example(rows, length, work.rows_an_example)
         probe = _Probe(objective, example, work.validation, device)
-        found = _fastest(probe, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
+        found, needs, room = _fastest(probe, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
         if found is not None:
             objective.recompute(found.recompute, offload=found.offload)
             on_host = embeddings.are_on_host(objective.causal)
             torch.cuda.reset_peak_memory_stats(device)  # the run's own peak: not that of passes that did not fit
-            return MemoryPlan(found.tokens, recompute=found.recompute, offload=found.offload, host_embedding=on_host)
+            recorded = min(found.tokens, max(work.sequence, most_tokens(objective)))
+            left = room - needs.fixed - recorded * needs.of(found.recompute, offload=found.offload)
+            plan = MemoryPlan(found.tokens, None, found.recompute, found.offload, host_embedding=on_host)
+            return plan, left
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
 
-def _fastest(probe: "_Probe", wanted: int, length: int, *, is_step: bool) -> Split | None:
-    """Returns the fastest split that fits, by measurements of an example of `length` tokens and of two.
+def _fastest(probe: "_Probe", wanted: int, length: int, *, is_step: bool) -> tuple[Split | None, Needs, float]:
+    """Returns the fastest split that fits, by measurements of an example of `length` tokens and of two, these
+    measurements, and the bytes for activations.
 
     `is_step`: the `wanted` tokens are those of a whole step.
     """
     room, evaluation = probe.room(), probe.evaluation() / length
     needs = Needs(probe.objective.layers, none=probe.peak(0) / length, evaluation=evaluation)
     if not needs.layers or needs.none * wanted <= room:
-        return split(room, needs, wanted, length, unpacks=probe.unpacks)
+        return split(room, needs, wanted, length, unpacks=probe.unpacks), needs, room
     needs = probe.needs(needs, length)
     found = split(room, needs, wanted, length, unpacks=probe.unpacks)
     if (found is None or found.recompute) and embeddings.move_to_host(probe.objective.causal):
         if found is None:  # what did not fit has not been measured
             return _fastest(probe, wanted, length, is_step=is_step)
-        found = split(probe.room(), needs, wanted, length, unpacks=probe.unpacks)
-    log.info("%.1f MiB for activations; bytes: %s", probe.room() / 2**20, needs)
+        room = probe.room()
+        found = split(room, needs, wanted, length, unpacks=probe.unpacks)
+    log.info("%.1f MiB for activations; bytes: %s", room / 2**20, needs)
     if not probe.is_full or not is_step:
-        return found
+        return found, needs, room
     whole = whole_step(needs.layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, evaluation))
-    return fastest((found, whole), needs.layers, unpacks=probe.unpacks)
+    return fastest((found, whole), needs.layers, unpacks=probe.unpacks), needs, room
 
 
 @dataclass(frozen=True)

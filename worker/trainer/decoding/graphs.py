@@ -79,10 +79,13 @@ class CudaRecorder:
         return sum(one["total_size"] for one in segments if one["segment_pool_id"] == self._pool)
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Other threads may load adapters meanwhile: their calls are not part of the graph, nor errors.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                found = work()
+        finally:
+            torch.cuda.set_stream(before)  # torch stays in the recording's if that cannot be ended
         return found, graph.replay
 
 
