@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from worker.trainer import embeddings
+from worker.trainer.objective import Objective
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -36,17 +38,26 @@ def test_embedding_that_is_the_head_stays() -> None:
     assert movable(adapted(model_of(tied=True))) == []
 
 
-def test_only_the_frozen_copy_of_a_saved_embedding_may_be_moved() -> None:
-    causal = adapted(model_of(), modules_to_save=["embed_tokens"])
-    [weight] = embeddings._movable(causal)
-    assert not weight.requires_grad
-    assert any(parameter is weight for name, parameter in causal.named_parameters() if "original_module" in name)
+def test_embedding_that_is_trained_beside_adapters_stays() -> None:
+    assert movable(adapted(model_of(), modules_to_save=["embed_tokens"])) == []
+
+
+def test_embedding_with_trained_rows_stays() -> None:
+    """Each lookup would put them into a copy of the whole table."""
+    assert movable(adapted(model_of(), trainable_token_indices=[1, 2])) == []
 
 
 def test_nothing_is_moved_on_a_cpu() -> None:
     causal = adapted(model_of())
-    assert embeddings.move_to_host(causal) == 0
+    assert embeddings.move_to_host(Objective(causal)) == 0
     assert not embeddings.are_on_host(causal)
+
+
+def test_embedding_that_is_cut_over_gpus_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Objective(adapted(model_of()))
+    objective.is_sharded = True
+    monkeypatch.setattr(embeddings, "_movable", lambda _: pytest.fail("asked for the weight of a whole model"))
+    assert embeddings.move_to_host(objective) == 0
 
 
 def test_embedding_is_moved_once() -> None:

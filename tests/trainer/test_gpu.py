@@ -156,7 +156,7 @@ def test_embedding_in_the_hosts_memory_is_looked_up_as_before(tmp_path: Path, ti
         if on_host:
             before = weight.detach().clone()
             allocated = torch.cuda.memory_allocated()
-            assert embeddings.move_to_host(t.objective.causal) == weight.nbytes
+            assert embeddings.move_to_host(t.objective) == weight.nbytes
             assert torch.cuda.memory_allocated() < allocated
             assert weight.is_cuda
             assert torch.equal(weight, before)

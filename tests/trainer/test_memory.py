@@ -230,16 +230,27 @@ def test_recorded_passes_are_not_larger_than_those_that_gain_from_it(
     t = training(tmp_path / "run", tiny)
     assert t.stepper.memory.max_tokens == expected.CPU_MICRO_BATCH
     work = reading.work(t.run, t.rows, t.valid, packs=False, ranks=1)
-    monkeypatch.setattr(preflight, "worthwhile", lambda *_: True)
-    monkeypatch.setattr(preflight, "most_tokens", lambda _: 100)
+    gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
+    gains: list[int] = []
+    monkeypatch.setattr(
+        preflight, "worthwhile", lambda _objective, tokens, _ranks: (gains.append(tokens), tokens < 600)[1]
+    )
+    monkeypatch.setattr(preflight, "most_tokens", lambda _: 300)
+    monkeypatch.setattr(expected, "RECORDING_BYTES", 20_000)
+    gpu = FakeGPU(monkeypatch, 200_000 + gradients)
 
-    found = preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, work)
+    def found(**changes: Any) -> MemoryPlan:
+        now = replace(work, **({"row": 200, "sequence": 200, "rows_a_step": 4, "mean_step": 500} | changes))
+        return preflight._measured(t.objective, t.rows.rows, now, torch.device("cuda"))
 
-    assert (found.max_tokens, found.packed_tokens, found.graphs) == (100, None, True)
-    longer = preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, replace(work, sequence=150))
-    assert longer.max_tokens == 150
-    short = preflight._recorded(MemoryPlan(100), preflight.RECORDING_BYTES - 1, t.objective, work)
-    assert short == MemoryPlan(100), "the recordings would not fit"
+    assert found() == MemoryPlan(300, graphs=True)
+    assert gains == [500], "as many as a step has at once"
+    assert found(mean_step=1000) == MemoryPlan(800)
+    assert found(sequence=400, row=400) == MemoryPlan(400, graphs=True), "a longer row is recorded too"
+    gpu.limit(monkeypatch, 50_000 + gradients)
+    assert found() == MemoryPlan(250, graphs=True), "the recordings take room from activations"
+    gpu.limit(monkeypatch, 22_500 + gradients)
+    assert found() == MemoryPlan(800, recompute=2), "the recordings would not fit"
 
 
 def test_embedding_makes_room_for_the_optimizers_state(
@@ -278,8 +289,10 @@ class FakeGPU:
         monkeypatch.setattr(preflight, "_peak", self.peak)
         monkeypatch.setattr(preflight, "_peak_of_evaluation", self.peak_of_evaluation)
         monkeypatch.setattr(preflight._Probe, "inputs", lambda _: 0.0)
+        self.cached = 0  # bytes that torch has reserved and nothing uses
+        self.limit(monkeypatch, free)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty)
         for name, answer in {
-            "mem_get_info": (free, free),
             "get_rng_state": torch.get_rng_state(),
             "get_device_properties": type("P", (), {"total_memory": free}),
         }.items():
@@ -287,6 +300,13 @@ class FakeGPU:
         for name in ("set_rng_state", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: None)
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+    def limit(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free = free
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (self.free - self.cached, self.free))
+
+    def empty(self) -> None:
+        self.cached = 0
 
     def peak(self, objective: Any, examples: list[Row], _device: Any, *, accumulates: bool) -> int:
         tokens = sum(map(len, examples))
@@ -330,22 +350,20 @@ def test_plan_is_what_fits(
     t = training(tmp_path / "run", tiny)
     gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
     gpu = FakeGPU(monkeypatch, free + gradients)
+    gpu.cached = gradients  # of the step that made the optimizer's state
     row = Example((Row([5] * validation, [5] * validation),)) if validation else None
     work = preflight.Work(
         Lora(), rows_a_step=4, mean_step=4 * sequence, row=sequence, sequence=sequence, packs=False, validation=row
     )
 
-    def measured() -> tuple[MemoryPlan, float]:
+    def measured() -> MemoryPlan:
         return preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 
     if wanted is None:
         with pytest.raises(DoesNotFit):
             measured()
     else:
-        found, left = measured()
-        assert found == wanted
-        room = expected.HEADROOM * free
-        assert left == room - wanted.max_tokens * (100 if not wanted.recompute else 10 if wanted.recompute == 2 else 55)
+        assert measured() == wanted
         assert gpu.trained[0] == sequence
         assert gpu.evaluated == ([validation] if validation else [])
     assert t.objective.training
@@ -362,7 +380,7 @@ def test_a_full_fine_tune_takes_a_whole_step_whose_gradients_are_made_meanwhile(
     gpu.keeps = gradients // 4000  # fits only in the memory of gradients that are not there yet
     work = preflight.Work(Full(), rows_a_step=rows, mean_step=rows * 1000, row=1000, sequence=1000, packs=False)
 
-    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))[0]
+    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 
     assert found == wanted
     assert (False in gpu.accumulated) == (rows == 4)
@@ -386,17 +404,16 @@ def test_embedding_is_moved_where_activations_would_be_recomputed(
     work = preflight.Work(Lora(), rows_a_step=4, mean_step=4000, row=1000, sequence=1000, packs=False)
     done: list[int] = []
 
-    def move(_causal: Any) -> int:
+    def move(_objective: Any) -> int:
         freed = 0 if done else moved
         done.append(freed)
         gpu.free += freed
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gpu.free, gpu.free))
         return freed
 
     monkeypatch.setattr(embeddings, "move_to_host", move)
     monkeypatch.setattr(embeddings, "are_on_host", lambda _: bool(done))
 
-    assert preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))[0] == wanted
+    assert preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda")) == wanted
 
 
 def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
@@ -407,7 +424,7 @@ def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
     FakeGPU(monkeypatch, 15_000 + gradients)
     work = preflight.Work(Lora(), rows_a_step=4, mean_step=2000, row=500, sequence=2000, packs=True)
 
-    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))[0]
+    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
 
     assert found == MemoryPlan(1350, recompute=2)
 

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,43 @@ def test_training_leaves_no_recordings_and_no_gradients_to_what_follows(
     assert found == [(True, 2, 0)]
     said = json.loads((folder / "out/training_config.json").read_text())["paths"]
     assert said["graphs"] == {"path": "recorded"}, "the record says how it was trained"
+
+
+def test_drivers_own_shortage_in_a_recorded_pass_is_noticed(objective: Objective) -> None:
+    def full() -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    graphs, batch = CudaGraphs(objective, Again()), rows_of(60, 20)
+    graphs.record_ahead([batch])
+    [found] = graphs._recorded.values()
+    found.replay = full
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run(batch)
+
+
+def test_work_between_steps_takes_the_memory_of_recordings(tmp_path: Path, tiny: Path) -> None:
+    lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4)), [chat(i) for i in range(4)])
+    t = prepare(tmp_path / "run", MessageWriter(None), StopSignal())
+    counts: list[int] = []
+
+    def work() -> str:
+        assert t.stepper.graphs is not None
+        counts.append(t.stepper.graphs.count)
+        if counts[-1]:
+            raise torch.OutOfMemoryError
+        return "done"
+
+    t.stepper.graphs = CudaGraphs(t.objective, Again())
+    t.stepper.record_ahead([[0, 1]])
+    assert t.stepper.between_steps(work) == "done"
+    assert counts == [1, 0]
+
+    t.stepper.record_ahead([[0, 1]])
+    t.stepper.make_room()
+    assert t.stepper.graphs.count == 1, "there is enough memory"
+    t.stepper.memory = replace(t.stepper.memory, recompute=1)
+    t.stepper.make_room()
+    assert t.stepper.graphs.count == 0
 
 
 def test_steps_after_a_rest_are_recorded_again(objective: Objective) -> None:

@@ -34,6 +34,12 @@ HEADROOM = 0.9
 RECORDED_TOKENS, RECORDED_WORK = 8_192, 25 * 10**12
 """Limits for passes recorded as CUDA graphs: tokens, and tokens times weights. Beyond them a pass is limited by the
 GPU, not by Python: graphs gain little and keep memory."""
+RECORDING_BYTES = 128 * 2**20
+"""What recordings take beside activations: cuBLAS works in memory of their own, and the driver keeps every launch. On
+an H200 passes of a 7B model that left 57 MiB could not be recorded, those that left 155 could."""
+OVERLAPPED = 2**28
+"""Bytes of gradients above which several ranks gain more by sending them during a pass than by recording it; and above
+which they leave activations no room where layers are recomputed, as they stay between recorded passes."""
 PROCESS_BYTES = {"cuda": 500_000_000, "cpu": 600_000_000}
 """Memory beside the allocations: the GPU's context, or on a CPU the process with its libraries."""
 BATCH = 8
@@ -164,6 +170,13 @@ def split(room: float, needs: Needs, wanted: int, longest: int, *, unpacks: bool
     return fastest(_splits(room, needs, wanted, longest), needs.layers, unpacks=unpacks)
 
 
+def split_recorded(room: float, needs: Needs, most: int, longest: int, *, unpacks: bool) -> Split | None:
+    """Returns the fastest way to compute up to `most` tokens in passes that are recorded; None if not even `longest`
+    fit beside the recordings.
+    """
+    return split(room - RECORDING_BYTES, needs, most, longest, unpacks=unpacks)
+
+
 def fastest(found: Iterable[Split | None], layers: int, *, unpacks: bool) -> Split | None:
     """Returns the fastest split for a model of so many layers; None if there is none."""
     splits = [each for each in found if each is not None]
@@ -238,11 +251,24 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
             found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)
     if found is None:
         return None
-    graphs = (not found.recompute or _recomputes_alone(s)) and _is_recorded(s, found.tokens)
-    how = {"recompute": found.recompute, "offload": found.offload, "host_embedding": moves}
-    step = _step(load, found.tokens, accumulates=load.step > found.tokens, **how)
-    recorded = replace(step, graphs=graphs)
-    return recorded if PROCESS_BYTES[s.device] + peak.peak(s, recorded).bytes <= capacity else step
+    recorded = _recorded(s, load, room, needs, found)
+    chosen = recorded or found
+    how = {"recompute": chosen.recompute, "offload": chosen.offload, "host_embedding": moves}
+    return _step(load, chosen.tokens, accumulates=load.step > chosen.tokens, graphs=recorded is not None, **how)
+
+
+def _recorded(s: Setting, load: Load, room: float, needs: Needs, found: Split) -> Split | None:
+    """Returns the split whose passes are recorded as CUDA graphs, in place of `found`; None if they are not.
+
+    Assumes that method and RoPE can be recorded.
+    """
+    most = most_recorded(s.shape.params)
+    if s.ranks > 1 or s.shape.experts or min(found.tokens, load.step) > most:
+        return None
+    chosen = split_recorded(
+        room, needs, max(load.longest, min(found.tokens, most)), load.longest, unpacks=s.precision.quantised
+    )
+    return chosen if chosen is not None and (not chosen.recompute or _recomputes_alone(s)) else None
 
 
 def _step(load: Load, tokens: int, **how: Any) -> Step:
@@ -293,14 +319,9 @@ def fixed_bytes(one: float, two: float) -> float:
     return max(0.0, 2 * one - two) if math.isfinite(two) else 0.0
 
 
-def _is_recorded(s: Setting, tokens: int) -> bool:
-    """Whether passes are recorded as CUDA graphs, assuming that method and RoPE can be recorded."""
-    return tokens <= most_recorded(s.shape.params) and not s.shape.experts
-
-
 def _recomputes_alone(s: Setting) -> bool:
     """Whether recomputed layers are recorded: they draw no random numbers, and gradients are small."""
-    if isinstance(s.technique, Full) or s.technique.dropout:
+    if isinstance(s.technique, Full) or s.technique.dropout or s.gradient_bytes > OVERLAPPED:
         return False
     return activations.find_path(s.shape, s.technique, s.precision) == "fused"
 

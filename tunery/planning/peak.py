@@ -102,6 +102,8 @@ class Setting:
         technique = self.technique
         if isinstance(technique, Full) or "embed_tokens" in (technique.modules_to_save or ()):
             return 0
+        if technique.trainable_token_indices:
+            return 0
         if self.shape.tied or self.device != "cuda" or self.ranks > 1:
             return 0
         return self.shape.vocab * self.shape.hidden * BYTES[self.precision.dense]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunery.planning.expected import most_recorded
+from tunery.planning.expected import OVERLAPPED, most_recorded
 from worker.trainer import experts, rope
 from worker.trainer.data import Batch
 from worker.trainer.decoding.graphs import CudaRecorder, Recorder
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 PAD_TO = (32, 128)
 """What a rectangle's width and its number of labels are padded to. Other rows are padded to what `data` says."""
 MOST_GRAPHS = 48
-OVERLAPPED = 2**28
-"""Bytes of gradients above which several ranks gain more by sending them during a pass than by recording it."""
 SCALE = 2.0**-11
 """Scale of losses inside a graph, as the sum of a step's weights is not known when the graph is captured. A power of
 two, so that undoing it is exact.
@@ -70,7 +68,8 @@ class CudaGraphs:
             return forward_backward(self._objective, batch, SCALE)
         found = self._recorded[key]
         _copy(batch, found.batch)
-        found.replay()
+        with shortage_noticed():
+            found.replay()
         return found.sums.clone()
 
     def record_ahead(self, batches: Iterable[Batch]) -> None:
@@ -138,14 +137,10 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
 
     Raises torch.OutOfMemoryError.
     """
-    try:
-        with shortage_noticed():
-            sums = objective.sums(batch, scale)
-            with accumulation.together():
-                sums["loss"].backward()
-    except RuntimeError:
-        objective.abandon()
-        raise
+    with objective.passing():
+        sums = objective.sums(batch, scale)
+        with accumulation.together():
+            sums["loss"].backward()
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 

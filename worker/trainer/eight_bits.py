@@ -6,7 +6,8 @@ server of the adapter will. Only the products of training, forward and backward,
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from operator import call
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import nn
 from tunery.planning.precision import Precision
 from worker.trainer.data import Batch, Example, collate
 from worker.trainer.kernels import adapters, fp8
-from worker.trainer.memory import shortage_noticed
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
@@ -27,6 +27,9 @@ NORM_RATIOS = (0.98, 1.02)
 0.9993.
 """
 EARLY_CHECK, EVERY = 20, 500
+
+Compared = dict[str, tuple[float, float]]
+"""The cosine and the norm ratio of a layer's narrow and wide product, by its name."""
 
 
 class EightBits:
@@ -42,9 +45,12 @@ class EightBits:
         """Whether products are compared after this step."""
         return bool(self.names) and (step == EARLY_CHECK or step % EVERY == 0)
 
-    def check(self, ranks: Ranks) -> bool:
-        """Compares the products; False if some are wide from now on, on every rank."""
-        found = compare(self._objective, self._batch, self.names)
+    def check(self, ranks: Ranks, between_steps: Callable[[Callable[[], Compared]], Compared] = call) -> bool:
+        """Compares the products; False if some are wide from now on, on every rank.
+
+        `between_steps`: calls what needs memory that recorded steps keep.
+        """
+        found = between_steps(lambda: compare(self._objective, self._batch, self.names))
         worst = min(found.items(), key=lambda item: item[1][0], default=None)
         log.info("products in eight bits, of %d layers: least cosine %s", len(self.names), worst)
         mine = {name: _reason(*product) for name, product in found.items() if not close(*product)}
@@ -108,7 +114,7 @@ def _narrow(objective: Objective, examples: Sequence[Example], ranks: Ranks) -> 
     return made, ""
 
 
-def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[str, tuple[float, float]]:
+def compare(objective: Objective, batch: Batch, names: Collection[str]) -> Compared:
     """Compares each layer's narrow and wide product; returns the cosine and norm ratio of the worse direction.
 
     Both products have the factors of the narrow pass. Why not compare whole gradients of narrow and wide passes: there
@@ -120,7 +126,7 @@ def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[
     device = batch.input_ids.device
 
     def run() -> None:
-        with shortage_noticed():
+        with objective.passing():
             sums = objective.sums(batch, 1 / max(1, batch.targets.numel()))
             # Not `backward`: recorded passes may add to `.grad`.
             torch.autograd.grad(sums["loss"], parameters, allow_unused=True)

@@ -7,8 +7,11 @@ import gc
 import logging
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
+
+from worker.trainer.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +29,27 @@ class _Pinned:
         }
 
 
-def move_to_host(causal: Any) -> int:
+def move_to_host(objective: Objective) -> int:
     """Moves the weight of a model's input embedding to the host, if it is frozen and on a GPU; returns how many bytes
     are free there now.
 
-    The weight remains a tensor of the GPU to all that use it. A head that is tied to it would read every row from the
-    host, so such a weight stays. So it does if the host has no room.
+    The weight remains a tensor of the GPU to all that use it. What reads every row of it would read them from the host:
+    a head that is tied to it, or trained rows, which are put into a copy. Such a weight stays, and so does one that is
+    cut over GPUs, or for which the host has no room.
     """
     moved = 0
-    for weight in (each for each in _movable(causal) if each.is_cuda):
+    movable = [] if objective.is_sharded else _movable(objective.causal)
+    for weight in (each for each in movable if each.is_cuda):
+        if weight.nbytes > psutil.virtual_memory().available:
+            log.info("the host has no memory for the input embedding")
+            break
         try:
             host = torch.empty(weight.nbytes, dtype=torch.uint8, pin_memory=True)
+            host.view(weight.dtype).view(weight.shape).copy_(weight.data)
+            weight.data = _on_gpu(host, weight)
         except RuntimeError as error:
-            log.info("the host has no memory for the input embedding: %s", str(error).splitlines()[0])
+            log.info("the input embedding stays on the GPU: %s", str(error).splitlines()[0])
             break
-        host.view(weight.dtype).view(weight.shape).copy_(weight.data)
-        weight.data = _on_gpu(host, weight)
         weight.is_on_host = True  # type: ignore[attr-defined]
         moved += weight.nbytes
     if moved:
@@ -62,6 +70,8 @@ def _tables(causal: Any) -> list[nn.Embedding]:
 
 def _movable(causal: Any) -> list[Tensor]:
     """Returns the weights of the input embedding that may be moved, and have not been."""
+    if not isinstance(causal.get_input_embeddings(), nn.Embedding):  # but one that trains some of its rows
+        return []
     head = causal.get_output_embeddings()
     tied = set() if head is None else {id(parameter) for parameter in head.parameters()}
     weights = [table.weight for table in _tables(causal) if not getattr(table.weight, "is_on_host", False)]

@@ -114,7 +114,11 @@ def _take_step(t: Training, progress: Progress, *, due: bool = False) -> tuple[S
 
 def _compare_products(t: Training, progress: Progress) -> None:
     """Compares products in eight bits with wide ones from time to time, and drops those that differ too much."""
-    if t.eight_bits is not None and t.eight_bits.due(progress.step) and not t.eight_bits.check(t.ranks):
+    if (
+        t.eight_bits is not None
+        and t.eight_bits.due(progress.step)
+        and not t.eight_bits.check(t.ranks, t.stepper.between_steps)
+    ):
         progress.wide = dict(t.eight_bits.wide)
         t.stepper.record_again()
 

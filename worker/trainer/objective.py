@@ -16,6 +16,7 @@ from worker.trainer import precision, rope
 from worker.trainer.data import RECTANGLES_TO, Batch
 from worker.trainer.kernels import adapters, casts, cross_entropy, decoder
 from worker.trainer.kernels.recomputation import Recomputation
+from worker.trainer.memory import shortage_noticed
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.sft import SupervisedFineTuning
 from worker.trainer.neftune import Noise
@@ -127,16 +128,23 @@ class Objective(nn.Module):
                 raise
         else:
             return
-        self.abandon()
         self.recompute(offload=True)
         try:
             run()
         finally:
             self.recompute(before[0], offload=before[1])
 
-    def abandon(self) -> None:
-        """Ends what a pass that has failed has begun."""
-        self._recomputation.abandon()
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Returns the context of a forward and a backward pass. One that fails leaves nothing begun, and raises
+        torch.OutOfMemoryError for any shortage of the device's memory.
+        """
+        try:
+            with shortage_noticed():
+                yield
+        except RuntimeError:
+            self._recomputation.abandon()
+            raise
 
     @torch.no_grad()
     def verify_chunked_loss(self, batch: Batch) -> None:

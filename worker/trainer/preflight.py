@@ -24,6 +24,7 @@ from tunery.planning.expected import (
     fixed_bytes,
     room_of,
     split,
+    split_recorded,
     tokens_in,
     whole_step,
 )
@@ -36,10 +37,6 @@ from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
 log = logging.getLogger(__name__)
-
-RECORDING_BYTES = 128 * 2**20
-"""What recordings take beside activations: cuBLAS works in memory of their own, and the driver keeps every launch. On
-an H200 passes of a 7B model that left 57 MiB could not be recorded, those that left 155 could."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +63,19 @@ def fit_micro_batch(
     """
     device = next(objective.parameters()).device
     device_ready(device)
-    if not _made_state(optimizer) and not (embeddings.move_to_host(objective.causal) and _made_state(optimizer)):
+    if not _made_state(optimizer) and not (embeddings.move_to_host(objective) and _made_state(optimizer)):
         raise _does_not_fit(work, "The optimizer's state", device)
-    left = math.inf
     if device.type != "cuda":
         objective.recompute(objective.layers if objective.is_sharded else 0)  # as on GPUs: see _cut
         plan = MemoryPlan(max(CPU_MICRO_BATCH, work.sequence), recompute=objective.recomputes)
-    elif ranks is not None:
-        plan = _cut(objective, rows, work, ranks)
     else:
-        plan, left = _measured(objective, rows, work, device)
+        plan = _measured(objective, rows, work, device) if ranks is None else _cut(objective, rows, work, ranks)
+        torch.cuda.reset_peak_memory_stats(device)  # the run's own peak: not that of passes that did not fit
     if objective.knows_borders:
         plan = replace(plan, packed_tokens=plan.max_tokens)
     elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
-    return _recorded(plan, left, objective, work)
-
-
-def _recorded(plan: MemoryPlan, left: float, objective: Objective, work: Work) -> MemoryPlan:
-    """Returns the plan with recorded passes, if they gain from it and `left` bytes are enough for the recordings."""
-    if left < RECORDING_BYTES or not worthwhile(objective, min(plan.max_tokens, work.mean_step), work.ranks):
-        return plan
-    # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
-    most = max(work.sequence, min(plan.max_tokens, most_tokens(objective)))
-    packed = None if plan.packed_tokens is None else min(plan.packed_tokens, most)
-    return replace(plan, max_tokens=most, packed_tokens=packed, graphs=True)
+    return plan
 
 
 def device_ready(device: torch.device) -> None:
@@ -132,46 +117,76 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
-def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> tuple[MemoryPlan, float]:
-    """Returns the plan and the bytes that its passes leave free, as far as they are recorded."""
+def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> MemoryPlan:
     wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
     for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
         example = _example(rows, length, work.rows_an_example)
         probe = _Probe(objective, example, work.validation, device)
-        found, needs, room = _fastest(probe, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
+        space = _space(probe, wanted, length)
+        found = _fastest(probe, space, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
         if found is not None:
-            objective.recompute(found.recompute, offload=found.offload)
-            on_host = embeddings.are_on_host(objective.causal)
-            torch.cuda.reset_peak_memory_stats(device)  # the run's own peak: not that of passes that did not fit
-            recorded = min(found.tokens, max(work.sequence, most_tokens(objective)))
-            left = room - needs.fixed - recorded * needs.of(found.recompute, offload=found.offload)
-            plan = MemoryPlan(found.tokens, None, found.recompute, found.offload, host_embedding=on_host)
-            return plan, left
+            recorded = _recorded(probe, space, found, work, length)
+            chosen = recorded or found
+            objective.recompute(chosen.recompute, offload=chosen.offload)
+            return MemoryPlan(
+                chosen.tokens,
+                recompute=chosen.recompute,
+                offload=chosen.offload,
+                graphs=recorded is not None,
+                host_embedding=embeddings.are_on_host(objective.causal),
+            )
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
 
-def _fastest(probe: "_Probe", wanted: int, length: int, *, is_step: bool) -> tuple[Split | None, Needs, float]:
-    """Returns the fastest split that fits, by measurements of an example of `length` tokens and of two, these
-    measurements, and the bytes for activations.
+@dataclass(frozen=True)
+class _Space:
+    """The bytes that activations may take, and those that passes need, as measured."""
 
-    `is_step`: the `wanted` tokens are those of a whole step.
+    room: float
+    needs: Needs
+
+
+def _space(probe: "_Probe", wanted: int, length: int) -> _Space:
+    """Returns measurements of an example of `length` tokens and of two; fewer if `wanted` tokens fit at once as they
+    are. Moves the input embedding if layers would be recomputed.
     """
-    room, evaluation = probe.room(), probe.evaluation() / length
-    needs = Needs(probe.objective.layers, none=probe.peak(0) / length, evaluation=evaluation)
-    if not needs.layers or needs.none * wanted <= room:
-        return split(room, needs, wanted, length, unpacks=probe.unpacks), needs, room
-    needs = probe.needs(needs, length)
-    found = split(room, needs, wanted, length, unpacks=probe.unpacks)
-    if (found is None or found.recompute) and embeddings.move_to_host(probe.objective.causal):
+    evaluation, none = probe.evaluation() / length, probe.peak(0) / length
+    space = _Space(probe.room(), Needs(probe.objective.layers, none=none, evaluation=evaluation))
+    if not space.needs.layers or none * wanted <= space.room:
+        return space
+    space = replace(space, needs=probe.needs(space.needs, length))
+    found = split(space.room, space.needs, wanted, length, unpacks=probe.unpacks)
+    if (found is None or found.recompute) and embeddings.move_to_host(probe.objective):
         if found is None:  # what did not fit has not been measured
-            return _fastest(probe, wanted, length, is_step=is_step)
-        room = probe.room()
-        found = split(room, needs, wanted, length, unpacks=probe.unpacks)
-    log.info("%.1f MiB for activations; bytes: %s", room / 2**20, needs)
-    if not probe.is_full or not is_step:
-        return found, needs, room
-    whole = whole_step(needs.layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, evaluation))
-    return fastest((found, whole), needs.layers, unpacks=probe.unpacks), needs, room
+            return _space(probe, wanted, length)
+        space = replace(space, room=probe.room())
+    log.info("%.1f MiB for activations; bytes: %s", space.room / 2**20, space.needs)
+    return space
+
+
+def _fastest(probe: "_Probe", space: _Space, wanted: int, length: int, *, is_step: bool) -> Split | None:
+    """Returns the fastest split that fits. `is_step`: the `wanted` tokens are those of a whole step."""
+    needs = space.needs
+    found = split(space.room, needs, wanted, length, unpacks=probe.unpacks)
+    fits = not needs.layers or needs.none * wanted <= space.room
+    if fits or not probe.is_full or not is_step:
+        return found
+    whole = whole_step(needs.layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, needs.evaluation))
+    return fastest((found, whole), needs.layers, unpacks=probe.unpacks)
+
+
+def _recorded(probe: "_Probe", space: _Space, found: Split, work: Work, length: int) -> Split | None:
+    """Returns the fastest split whose passes are recorded, in place of `found`; None if they gain nothing from it or
+    do not fit beside the recordings.
+    """
+    objective = probe.objective
+    # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
+    most = max(length, min(found.tokens, most_tokens(objective)))
+    chosen = split_recorded(space.room, space.needs, most, length, unpacks=probe.unpacks)
+    if chosen is None:
+        return None
+    objective.recompute(chosen.recompute, offload=chosen.offload)
+    return chosen if worthwhile(objective, min(found.tokens, work.mean_step), work.ranks) else None
 
 
 @dataclass(frozen=True)
@@ -242,6 +257,7 @@ class _Probe:
         return self.objective.layers * width * _kept_in(self.objective).itemsize
 
     def room(self) -> float:
+        torch.cuda.empty_cache()  # what torch has reserved counts as used
         free, _ = torch.cuda.mem_get_info(self.device)
         return room_of(free, _gradients(self.objective))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.trainer.decoding.graphs import Recorder
+from worker.trainer.memory import shortage_noticed
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,11 @@ class RecordedUpdate:
             self._gradients, self._replay = found, None
         elif self._replay is None and not self._failed:
             self._record()
-        if self._replay is None:
-            self._step()
-        else:
-            self._replay()
+        with shortage_noticed():
+            if self._replay is None:
+                self._step()
+            else:
+                self._replay()
 
     def forget(self) -> None:
         """Frees the memory of the recording; the next step but one is recorded again."""

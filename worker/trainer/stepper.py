@@ -32,6 +32,7 @@ def one_group(_example: Example) -> Hashable:
 
 
 T = TypeVar("T", bound=Hashable)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -213,14 +214,29 @@ class Stepper:
     def adopt(self, plan: MemoryPlan) -> None:
         """Uses `plan` as the memory plan from now on."""
         if (plan.recompute, plan.offload) != (self.memory.recompute, self.memory.offload):
+            self.record_again()  # recordings recompute as before, and copy to buffers that may be gone
             self.objective.recompute(plan.recompute, offload=plan.offload)
-            self.record_again()  # recordings recompute as before, and copy to buffers that are gone
         if not plan.graphs:
             self.graphs = self._recorded = None
         release(self.device)
         if plan != self.memory:
             log.warning("the memory plan from here on: %s", plan)
         self.memory = plan
+
+    def between_steps(self, run: Callable[[], R]) -> R:
+        """Returns what `run` returns. If it runs out of memory, it runs again without what only steps need."""
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            if self.graphs is None:
+                raise
+        self.rest()
+        return run()
+
+    def make_room(self) -> None:
+        """Frees what only steps need, where memory is so short that layers are recomputed."""
+        if self.memory.recompute:
+            self.rest()
 
     def rest(self) -> None:
         """Frees the memory that only steps need: gradients and recordings. Later steps record again."""

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 
 from worker.trainer.data import Example, MicroBatch, collate, micro_batches
-from worker.trainer.memory import next_after
+from worker.trainer.memory import next_after, shortage_noticed
 from worker.trainer.methods.method import Shown
 from worker.trainer.objective import Objective
 from worker.trainer.stepper import Stepper
@@ -54,7 +54,7 @@ def _sums(
     names = objective.method.sums
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     objective.eval()
-    with torch.no_grad():
+    with torch.no_grad(), shortage_noticed():
         for part in parts:
             found = objective.sums(
                 collate(examples, part, device, objective.pad_to, borders=objective.knows_borders), 1.0

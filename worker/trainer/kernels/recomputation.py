@@ -183,6 +183,12 @@ class _Held:
 
 
 def _take(buffers: list[Tensor], size: int) -> Tensor:
-    """Takes a buffer of at least `size` bytes from those that are free, or returns a new one."""
+    """Takes a buffer of at least `size` bytes from those that are free, or returns a new one.
+
+    Its size is a power of two, which torch takes for pinned memory in any case: buffers of exact sizes would rarely
+    serve another pass.
+    """
     place = next((place for place, buffer in enumerate(buffers) if buffer.nbytes >= size), None)
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True) if place is None else buffers.pop(place)
+    if place is not None:
+        return buffers.pop(place)
+    return torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, pin_memory=True)

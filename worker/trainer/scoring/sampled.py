@@ -41,6 +41,7 @@ def measure(t: Training) -> dict[str, Any]:
     asked = t.task_questions
     if not asked:
         return {}
+    t.stepper.make_room()
     given = answers.answer_at_once(t, asked)
     _, (metric, *_) = metrics.choose(asked)
     places = range(0, len(asked), max(1, len(asked) // _SHOWN))[:_SHOWN]
