@@ -151,7 +151,8 @@ def _space(probe: "_Probe", wanted: int, length: int) -> _Space:
     are. Moves the input embedding if layers would be recomputed.
     """
     evaluation, none = probe.evaluation() / length, probe.peak(0) / length
-    space = _Space(probe.room(), Needs(probe.objective.layers, none=none, evaluation=evaluation))
+    room = probe.room()  # after a pass, which frees what torch has reserved and nothing uses
+    space = _Space(room, Needs(probe.objective.layers, none=none, evaluation=evaluation))
     if not space.needs.layers or none * wanted <= space.room:
         return space
     space = replace(space, needs=probe.needs(space.needs, length))
@@ -257,7 +258,6 @@ class _Probe:
         return self.objective.layers * width * _kept_in(self.objective).itemsize
 
     def room(self) -> float:
-        torch.cuda.empty_cache()  # what torch has reserved counts as used
         free, _ = torch.cuda.mem_get_info(self.device)
         return room_of(free, _gradients(self.objective))
 
