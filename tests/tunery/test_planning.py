@@ -209,16 +209,17 @@ def test_whole_estimates_of_an_8b_model() -> None:
 
     # Without the embedding, 1.05 GB, which is in the host's memory.
     assert whole(Qlora()) == pytest.approx(6.49, abs=0.05)
+    # The loaded model, which has it on the GPU, needs as much as a step.
     assert whole(Lora()) == pytest.approx(16.73, abs=0.05)
     assert whole(Full()) == pytest.approx(49.13, abs=0.05)
     # 2,048 x 81,920 x 4 bytes = 0.67 GB of it are the inputs and outputs of one layer in fp32.
-    assert whole(Lora(use_dora=True)) - whole(Lora(dropout=0.1)) == pytest.approx(2.53, abs=0.05)
+    assert whole(Lora(use_dora=True)) - whole(Lora(dropout=0.1)) == pytest.approx(2.45, abs=0.05)
 
 
 def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:
     def moments(technique: Technique, optimizer: str, device: str = "cuda") -> int:
         options = {"device": device, "optimizer": optimizer}
-        return memory.estimate(LLAMA_8B, technique, max_seq_length=512, **options).parts["optimizer"]
+        return memory.estimate(LLAMA_8B, technique, max_seq_length=8192, **options).parts["optimizer"]
 
     assert moments(Lora(), "adamw") == 8 * 41_943_040
     scales = 4 / 256  # bytes per moment
@@ -229,6 +230,14 @@ def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:
     with pytest.raises(DoesNotFit):
         changes.check(LLAMA_8B, wide, max_seq_length=512, capacity=120 * 10**9)
     changes.check(LLAMA_8B, wide, max_seq_length=512, capacity=120 * 10**9, optimizer="adamw_8bit")
+
+
+def test_loaded_model_has_to_fit() -> None:
+    """Before the embedding can move to the host, it has been loaded."""
+    found = memory.estimate(LLAMA_8B, Lora(r=8), max_seq_length=512)
+    assert found.parts.keys() == {"base", "adapter", "fixed"}
+    assert found.bytes == 16_060_522_496 + 4 * 20_971_520 + memory.PROCESS_BYTES["cuda"]
+    assert not expected.runs(LLAMA_8B, Lora(r=8), max_seq_length=512, capacity=found.bytes - 1)
 
 
 MIXTURE = {
@@ -250,7 +259,7 @@ def test_casts_of_adapters_are_counted() -> None:
     """Two bytes a weight; none where layers or PEFT cast them, or nothing does."""
 
     def casts(technique: Technique, model_info: dict[str, Any] = LLAMA_8B, **how: Any) -> int:
-        return memory.estimate(model_info, technique, max_seq_length=512, **how).parts.get("casts", 0)
+        return memory.estimate(model_info, technique, max_seq_length=8192, **how).parts.get("casts", 0)
 
     assert casts(Lora()) == casts(Qlora()) == casts(Lora(modules_to_save=["lm_head"])) == 2 * 41_943_040
     assert casts(Qlora(), device="cpu") == 2 * 41_943_040
@@ -275,7 +284,7 @@ def test_longer_rows_never_need_less(technique: Technique, length: int, more: in
     short = memory.estimate(LLAMA_8B, technique, max_seq_length=length, device=device)
     long = memory.estimate(LLAMA_8B, technique, max_seq_length=length + more, device=device)
 
-    assert 0 < short.bytes < long.bytes
+    assert 0 < short.bytes <= long.bytes
     assert min(short.parts.values()) >= 0
     assert memory.fits(LLAMA_8B, technique, max_seq_length=length, capacity=short.bytes, device=device)
     assert not memory.fits(LLAMA_8B, technique, max_seq_length=length, capacity=short.bytes - 1, device=device)

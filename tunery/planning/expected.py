@@ -77,7 +77,7 @@ def plan(s: Setting, load: Load, capacity: int) -> Expected | None:
         return None
     found = peak.peak(s, _with_check(s, step, load, capacity))
     made = Expected(step, Estimate(found.parts | {"fixed": PROCESS_BYTES[s.device]}))
-    least = max(made.estimate.bytes, PROCESS_BYTES[s.device] + peak.loaded_bytes(s))
+    least = max(made.estimate.bytes, PROCESS_BYTES[s.device] + peak.loaded(s).bytes)
     return made if least <= capacity else None
 
 

@@ -2,9 +2,9 @@
 
 The minimum is one example at a time, of `rows` sequences of `max_seq_length` tokens, on a GPU with all activations
 recomputed from layer inputs in the host's memory, and the input embedding there too, as the trainer does when memory is
-short. The trainer then measures
-and takes larger micro-batches if they fit, as predicted by `expected.py`. Below this bound a run is impossible; above
-it, it may work. Sizes are of one device; several GPUs hold a copy each.
+short; or the loaded model, whose embedding has not moved yet. The trainer then measures and takes larger micro-batches
+if they fit, as predicted by `expected.py`. Below this bound a run is impossible; above it, it may work. Sizes are of
+one device; several GPUs hold a copy each.
 
 Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
 """
@@ -41,7 +41,8 @@ def estimate(
     setting = Setting.of(model_info, technique, device, optimizer, ranks)
     layers = setting.shape.layers if device == "cuda" else 0
     offload = ranks == 1 and layers > 0
-    found = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=offload, host_embedding=True))
+    step = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=offload, host_embedding=True))
+    found = max(step, peak.loaded(setting), key=lambda each: each.bytes)
     return Estimate(found.parts | {"fixed": PROCESS_BYTES[device]})
 
 

@@ -129,9 +129,9 @@ def at_rest(s: Setting) -> Parts:
     return parts
 
 
-def loaded_bytes(s: Setting) -> int:
+def loaded(s: Setting) -> Estimate:
     """Returns what is allocated once the model has been loaded, with its input embedding."""
-    return sum(size for name, size in at_rest(s).items() if name in {"base", "adapter"})
+    return Estimate({name: size for name, size in at_rest(s).items() if name in {"base", "adapter"}})
 
 
 def _cast_bytes(s: Setting) -> int:
