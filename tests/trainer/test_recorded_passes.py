@@ -219,6 +219,20 @@ def test_work_between_steps_takes_the_memory_of_recordings(tmp_path: Path, tiny:
     assert t.stepper.graphs.count == 0
 
 
+def test_a_plan_that_recomputes_otherwise_is_recorded_again(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", Again)
+    lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4)), [chat(i) for i in range(4)])
+    t = prepare(tmp_path / "run", MessageWriter(None), StopSignal())
+    t.stepper.memory = replace(t.stepper.memory, graphs=True)
+    before = t.stepper.graphs = CudaGraphs(t.objective, Again())
+    t.stepper.adopt(replace(t.stepper.memory, max_tokens=64))
+    assert t.stepper.graphs is before
+    t.stepper.adopt(replace(t.stepper.memory, recompute=1))
+    assert t.stepper.graphs is not before
+
+
 def test_steps_after_a_rest_are_recorded_again(objective: Objective) -> None:
     graphs, batch = CudaGraphs(objective, recorder := Again()), rows_of(60, 20)
     assert tried(objective, recorder, [batch, batch], graphs) == [0, 1]

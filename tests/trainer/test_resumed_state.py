@@ -4,6 +4,7 @@ On a CPU, and with `-m gpu` in bf16 on the fast path of a CUDA device.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,14 @@ def test_snapshot_that_says_only_whether_layers_are_recomputed(tmp_path: Path, t
     checkpoints._take_over(t.stepper, [old | {"host_embedding": True}])  # of a host with less memory
     assert t.stepper.memory == MemoryPlan(64)
     assert t.objective.recomputes == 0
+
+
+@pytest.mark.parametrize(("here", "then", "recorded"), [(1, 2, True), (0, 0, True), (0, 2, False)])
+def test_resumed_passes_are_recorded_if_preflight_has_judged_them(
+    tmp_path: Path, tiny: Path, here: int, then: int, recorded: bool
+) -> None:
+    """Whether recomputed layers can be recorded is found for plans with some."""
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
+    t.stepper.adopt(replace(t.stepper.memory, recompute=here, graphs=True))
+    checkpoints._take_over(t.stepper, [{"max_tokens": 64, "packed_tokens": None, "recompute": then}])
+    assert (t.stepper.memory.recompute, t.stepper.memory.graphs) == (then, recorded)

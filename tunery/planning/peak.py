@@ -51,10 +51,9 @@ class Step:
     """How a step is run. `tokens` and `labels`: of the largest micro-batch, including padding.
 
     `recompute`: how many layers' activations the backward pass recomputes. `offload`: the inputs of these are in the
-    host's memory. `graphs`: passes are recorded as CUDA graphs, which keep
-    gradients between steps. `accumulates`: a step has several micro-batches. `prompt`: tokens of the longest prompt
-    with which the files are compared at the end; 0 without a comparison. `host_embedding`: the input embedding is in
-    the host's memory, if it can be.
+    host's memory. `graphs`: passes are recorded as CUDA graphs, which keep gradients between steps. `accumulates`: a
+    step has several micro-batches. `prompt`: tokens of the longest prompt with which the files are compared at the end;
+    0 without a comparison. `host_embedding`: the input embedding is in the host's memory, if it can be.
     """
 
     tokens: int

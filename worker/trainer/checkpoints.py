@@ -187,10 +187,9 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
             recompute=max(stepper.memory.recompute, plan.recompute),
             offload=stepper.memory.offload or plan.offload,
         )
-    same = (plan.recompute, plan.offload) == (stepper.memory.recompute, stepper.memory.offload)
-    stepper.adopt(
-        replace(plan, graphs=plan.graphs and same)
-    )  # else preflight has not judged whether it can be recorded
+    # Of a plan that recomputes layers where its own does not, preflight has not judged whether it can be recorded.
+    judged = (plan.recompute > 0) == (stepper.memory.recompute > 0)
+    stepper.adopt(replace(plan, graphs=plan.graphs and judged))
 
 
 def _of_format_1(

@@ -1,7 +1,7 @@
-"""Captures forward and backward passes of small models as CUDA graphs, once per shape, and replays them.
+"""Captures forward and backward passes of few tokens as CUDA graphs, once per shape, and replays them.
 
 A model of 135M parameters runs some 4,000 kernels a step, each of which ends before the host has launched the next: the
-GPU waits for Python. A graph is one launch. Batches are padded to a grid of shapes, so that a run needs one or two
+GPU waits for Python. A graph is one launch. Batches are padded to a grid of shapes, so that a run needs a few
 dozen graphs; padded positions predict nothing (label -100), so sums are unchanged.
 """
 

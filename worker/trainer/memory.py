@@ -28,7 +28,8 @@ def shortage_noticed() -> Iterator[None]:
 def release(device: torch.device) -> None:
     """Returns to the driver what torch has reserved and nothing uses, and what cuBLAS works in, in every stream.
 
-    Products allocate that again. A recording's stays in the recording's memory, which is not freed without it.
+    The next product in a stream allocates the latter again. What a recording works in is memory of that recording, and
+    is freed with it.
     """
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()

@@ -57,7 +57,7 @@ def _shared(values: Iterable[T]) -> list[T]:
 class Stepper:
     """Takes the optimizer steps of a run.
 
-    Only it changes `memory`, the plan for splitting rows, and `graphs`, the recorded passes of small models. A step is
+    Only it changes `memory`, the plan for splitting rows, and `graphs`, the recorded passes. A step is
     `accumulate`, `clip`, `update`. If it runs out of memory, it is retried with the next memory plan.
     """
 

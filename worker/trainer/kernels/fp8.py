@@ -23,7 +23,9 @@ LARGEST = 448.0
 """The largest number of e4m3."""
 _LEAST = 1e-12
 _TINY = 1e-30
+"""In place of the length of a product that is all zero."""
 _PART = 2**22
+"""Numbers that are compared at once."""
 _SIDE = 16
 """The hardware's product requires widths that are a multiple of this."""
 LEAST_SIDE = 1024
