@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +181,37 @@ def test_training_leaves_no_recordings_and_no_gradients_to_what_follows(
     assert found == [(True, 2, 0)]
     said = json.loads((folder / "out/training_config.json").read_text())["paths"]
     assert said["graphs"] == {"path": "recorded"}, "the record says how it was trained"
+
+
+def test_larger_passes_are_never_recorded(objective: Objective) -> None:
+    graphs, small, large = CudaGraphs(objective, recorder := Again()), rows_of(60, 20), rows_of(120, 20)
+    graphs._most = small.input_ids.numel()
+    graphs.record_ahead([small, large])
+    assert graphs.count == 1
+    assert tried(objective, recorder, [large, large], graphs) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "reason"),
+    [
+        ({}, 100, None),
+        ({}, 10**6, "more than 8,192 tokens at once"),
+        ({"recomputes": 1}, 100, None),
+        ({"recomputes": 1, "draws_again": True}, 100, "activations are computed again with the same random numbers"),
+        ({"recomputes": 1, "gradients": 2**28 + 1}, 100, "gradients need the memory of activations"),
+        ({"gradients": 2**28 + 1}, 100, None),
+        ({"is_sharded": True}, 100, "its weights are cut over the ranks"),
+    ],
+)
+def test_why_steps_are_not_recorded_on_a_gpu(
+    objective: Objective, changes: dict[str, Any], tokens: int, reason: str | None
+) -> None:
+    weight = SimpleNamespace(is_cuda=True, requires_grad=True, nbytes=changes.pop("gradients", 100))
+    of = {name: getattr(objective, name) for name in ("causal", "model", "method", "noise", "is_sharded")}
+    on_gpu: Any = SimpleNamespace(
+        **({"recomputes": 0, "draws_again": False} | of | changes), parameters=lambda: iter([weight])
+    )
+    assert cuda_graphs.reason_against(on_gpu, tokens) == reason
 
 
 def test_drivers_own_shortage_in_a_recorded_pass_is_noticed(objective: Objective) -> None:
