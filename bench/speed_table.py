@@ -61,15 +61,15 @@ ROWS = {
     "full 1b": Row("llama3-1b", "full", recompute=True, stacks=("tunery", "unsloth", "trl-liger")),
     "generation 8b": Row("llama3-8b", "lora", stacks=("generation",)),
     "qlora 7b small": Row(
-        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.75, peer_leave=8.0, optimizer="adamw_8bit"
+        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.3, peer_leave=8.0, optimizer="adamw_8bit"
     ),
     "lora 0.6b": Row("qwen3-0.6b", "lora"),
     "lora 8b": Row("llama3-8b", "lora"),
     "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
     "lora moe": Row("qwen3-30b-a3b", "lora", stacks=("tunery", "unsloth", "trl-liger")),
-    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=8.6, peer_leave=11.5, optimizer="adamw_8bit"),
+    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=8.4, peer_leave=11.5, optimizer="adamw_8bit"),
     "qlora 8b small fp8": Row(
-        "llama3-8b", "qlora-fp8", recompute=True, leave=8.6, peer_leave=11.5, optimizer="adamw_8bit"
+        "llama3-8b", "qlora-fp8", recompute=True, leave=8.4, peer_leave=11.5, optimizer="adamw_8bit"
     ),
     "full 1b small": Row("llama3-1b", "full", recompute=True, leave=11.6, peer_leave=14.0),
 }
