@@ -28,7 +28,7 @@ def check(request: Request) -> None:
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
         if name not in known and not _is_part(name, known):
             raise _unknown(name, known)
-        if count > 1 and not name.endswith("]"):
+        if count > 1 and not name.endswith("[]"):
             reason = f"The query parameter '{name}' is given {count} times. Send it once."
             raise InvalidValue(param=name, reason=reason)
 
@@ -46,7 +46,7 @@ def _is_part(name: str, known: tuple[str, ...]) -> bool:
 
 def _unknown(name: str, known: tuple[str, ...]) -> InvalidValue:
     shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
-    if close := difflib.get_close_matches(name[:_SHOWN], known, n=1):
+    if close := difflib.get_close_matches(name[:_SHOWN].lower(), known, n=1):
         instead = f"Did you mean '{close[0]}'?"
     elif known:
         instead = f"This route has {', '.join(known)}."

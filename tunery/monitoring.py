@@ -8,7 +8,7 @@ are removed after some days, such as webhook deliveries, are counted by gauges.
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from tunery.exposition import family, histogram
@@ -18,6 +18,7 @@ from tunery.jobs.model import Attempt, HostDevice, Job
 from tunery.jobs.states import FINAL, TRANSITIONS, State
 from tunery.traffic.model import ModelUsage
 from tunery.webhooks.model import Delivery, WebhookEndpoint
+from tunery.webhooks.outbox import DELAYS
 
 SECONDS = (10, 30, 60, 300, 900, 3600, 14_400, 43_200, 86_400, 259_200, 604_800)
 """Bounds of the histograms of times: ten seconds to a week."""
@@ -143,13 +144,15 @@ def _devices(session: Session) -> Iterator[str]:
 
 
 def _webhooks(session: Session) -> Iterator[str]:
-    by_state = session.execute(select(Delivery.state, func.count()).group_by(Delivery.state))
-    counts = {state: int(count) for state, count in by_state}
+    gave_up = Delivery.tries >= len(DELAYS)
+    dropped = (Delivery.state == "failed") & ~gave_up  # its endpoint was deleted, or answered 410
+    named = case((dropped, "dropped"), else_=Delivery.state).label("named")
+    counts = {state: int(count) for state, count in session.execute(select(named, func.count()).group_by(named))}
     yield from family(
         "tunery_webhook_deliveries",
         "gauge",
         "Stored webhook deliveries by state; ended ones are removed after TUNERY_KEEP_DELIVERIES_DAYS.",
-        (({"state": state}, counts.get(state, 0)) for state in ("pending", "delivered", "failed")),
+        (({"state": state}, counts.get(state, 0)) for state in ("pending", "delivered", "failed", "dropped")),
     )
     disabled = WebhookEndpoint.disabled_at.is_not(None)
     endpoints = select(func.count().filter(~disabled), func.count().filter(disabled))

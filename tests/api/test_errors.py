@@ -264,6 +264,8 @@ def test_wrong_query(team: Team) -> None:
             "limit",
             "The query parameter 'limit' is given 2 times. Send it once.",
         ),
+        ("/v1/fine_tuning/jobs?metadata[k]=0&metadata[k]=1", "metadata[k]", "is given 2 times. Send it once."),
+        ("/v1/fine_tuning/jobs?LIMIT=5", "LIMIT", "Did you mean 'limit'?"),
         ("/v1/files?colour=red", "colour", "This route has purpose, limit, order, after."),
         ("/v1/files/file-x?after=1", "after", "This route has none: remove it."),
         ("/v1/organization/usage/completions?start_time=0&models=a", "models", "Did you mean 'models[]'?"),

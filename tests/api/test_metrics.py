@@ -17,6 +17,7 @@ from tunery.jobs.states import State
 from tunery.keys import auth
 from tunery.traffic.model import ModelUsage
 from tunery.webhooks import outbox
+from tunery.webhooks.model import Delivery
 
 
 def _ended(session: Session, of_quoted: float | None, *, in_range: bool | None, speed_from: str = "same") -> None:
@@ -93,6 +94,7 @@ def test_every_sample_an_alert_needs_is_there_before_anything_happens(scrape: Ca
         'tunery_attempts_ended_total{outcome="lost"}',
         'tunery_job_duration_seconds_count{state="failed"}',
         'tunery_webhook_deliveries{state="failed"}',
+        'tunery_webhook_deliveries{state="dropped"}',
         'tunery_webhook_endpoints{status="disabled"}',
         "tunery_model_requests_total",
         'tunery_model_tokens_total{kind="completion"}',
@@ -149,6 +151,24 @@ def test_devices_are_busy_while_an_attempt_holds_them(
     found = scrape()
     assert found['tunery_devices{host="host",gpu="1",device="H200",status="free"}'] == 1
     assert found['tunery_attempts_ended_total{outcome="lost"}'] == 1
+
+
+@pytest.mark.parametrize(("tries", "state"), [(2, "dropped"), (10, "failed")])
+def test_deliveries_that_nobody_wants_are_no_failures(
+    scrape: Callable[[], dict[str, float]], database: Database, tries: int, state: str
+) -> None:
+    """An alert on failures would wake somebody for each endpoint that a user deletes."""
+    with database.sessions.begin() as session:
+        owner = rows.project(session)
+        rows.endpoint(session, owner)
+        rows.job(session, owner, State.SUCCEEDED)
+        outbox.fan_out(session)
+        session.execute(
+            update(Delivery).values(state="failed", tries=tries, next_try_at=None, finished_at=func.clock_timestamp())
+        )
+    found = scrape()
+    counts = {name: found[f'tunery_webhook_deliveries{{state="{name}"}}'] for name in ("pending", "failed", "dropped")}
+    assert counts == {"pending": 0, "failed": 0, "dropped": 0} | {state: 1}
 
 
 def test_webhooks_and_requests_are_counted(scrape: Callable[[], dict[str, float]], database: Database) -> None:

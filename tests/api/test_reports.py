@@ -183,6 +183,7 @@ def test_a_report_by_columns_says_nothing_of_the_file(team: Team, database: Data
         ("prompt=Frage", "does not define a whole row"),
         ("prompt=Frage,completion=Frage", "names a column twice"),
         ("Frage", "Write 'columns' as part=column,part=column"),
+        ("prompt=Frage, kurz,completion=Antwort", 'If a name has a comma, write a JSON object, such as {"prompt": "'),
         ("question=Frage,completion=Antwort", "Unknown parameter: 'columns.question'"),
         ("text=Frage,text=Antwort", "'columns' has 'text' twice"),
         ("", "Write 'columns' as part=column,part=column"),

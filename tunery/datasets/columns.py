@@ -42,6 +42,9 @@ def _json_pairs(text: str) -> list[tuple[str, Any]]:
 def _spelled_pairs(text: str) -> list[tuple[str, Any]]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(part.strip() and name.strip() for part, _, name in pairs):
-        reason = "Write 'columns' as part=column,part=column, such as prompt=Frage,completion=Antwort."
+        reason = (
+            "Write 'columns' as part=column,part=column, such as prompt=Frage,completion=Antwort. If a name has a "
+            'comma, write a JSON object, such as {"prompt": "Frage, kurz", "completion": "Antwort"}.'
+        )
         raise InvalidValue(param="columns", reason=reason)
     return [(part.strip(), name.strip()) for part, _, name in pairs]
