@@ -68,6 +68,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[tupl
         yield folder, {f"{name} {how}": ranks for (name, how), *ranks in zip(commands, *seen, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "saved", "dpo", "pairwise"])
 def test_two_ranks_learn_the_same_to_the_bit(found: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, seen = found
