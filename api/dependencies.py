@@ -38,6 +38,8 @@ def _sessions(request: Request) -> sessionmaker[Session]:
 
 
 After = Annotated[str | None, Query(description="The id of the previous page's last object")]
+UpTo100 = Annotated[int, Query(ge=1, le=100, description="Objects per page")]
+UpTo1000 = Annotated[int, Query(ge=1, le=1000, description="Objects per page")]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 StorageDep = Annotated[Storage, Depends(_storage)]
 SessionsDep = Annotated[sessionmaker[Session], Depends(_sessions)]

@@ -1,12 +1,10 @@
 """Baselines: prompting measured on a user's own task before any training; a worker does it."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
-from api.dependencies import After, CallerDep, SessionDep, SettingsDep, StorageDep
+from api.dependencies import After, CallerDep, SessionDep, SettingsDep, StorageDep, UpTo100
 from api.json_route import JsonRoute
 from api.schemas import baselines as schemas
 from api.schemas.base import CursorList, errors
@@ -67,7 +65,7 @@ def list_baselines(
     caller: CallerDep,
     settings: SettingsDep,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
+    limit: UpTo100 = 20,
 ) -> CursorList[schemas.Baseline]:
     """Newest first."""
     rows, more = ledger.list_page(session, caller.project_id, after=after, limit=limit)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.dependencies import After, CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
+from api.dependencies import After, CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep, UpTo100
 from api.json_route import JsonRoute
 from api.schemas import captures as schemas
 from api.schemas.base import ListOf, errors
@@ -52,7 +52,7 @@ def list_captured_requests(
     caller: CallerDep,
     rated: Annotated[captures.Rated | None, Query(description="Only rated, corrected or unrated requests")] = None,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
+    limit: UpTo100 = 20,
 ) -> ListOf[schemas.CapturedChat]:
     """Newest first, each with its answer and feedback, as stored: with personal data redacted."""
     row = registry.find(session, caller.project_id, model)

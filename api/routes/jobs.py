@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Body, Header, Query, Request
 from sqlalchemy.orm import Session, object_session
 
-from api.dependencies import After, CallerDep, SessionDep, SettingsDep, StorageDep
+from api.dependencies import After, CallerDep, SessionDep, SettingsDep, StorageDep, UpTo1000
 from api.json_route import JsonRoute
 from api.schemas import dry_runs, runs
 from api.schemas import jobs as schemas
@@ -21,7 +21,6 @@ from tunery.storage import Storage
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
-Limit = Annotated[int, Query(ge=1, le=1000, description="Objects per page")]
 IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Requests with the same key create one job")]
 RetryCount = Annotated[int, Header(include_in_schema=False)]
 
@@ -88,7 +87,7 @@ def list_jobs(
     caller: CallerDep,
     settings: SettingsDep,
     after: After = None,
-    limit: Limit = 20,
+    limit: UpTo1000 = 20,
     metadata: Annotated[Literal["null"] | None, Query(description="Only jobs without metadata")] = None,
 ) -> ListOf[schemas.Job]:
     """Newest first. `metadata[key]=value` selects jobs with that pair, `metadata=null` those without metadata."""
@@ -167,7 +166,7 @@ def publish_model(
 
 @router.get("/{job_id}/events", summary="List a job's events", responses=errors(404))
 def list_events(
-    job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 20
+    job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: UpTo1000 = 20
 ) -> ListOf[runs.Event]:
     """Newest first."""
     job = ledger.find(session, caller.project_id, job_id)
@@ -177,7 +176,7 @@ def list_events(
 
 @router.get("/{job_id}/checkpoints", summary="List a job's checkpoints", responses=errors(404))
 def list_checkpoints(
-    job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 10
+    job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: UpTo1000 = 10
 ) -> CursorList[runs.Checkpoint]:
     """Newest first: usable models of the ends of the last epochs."""
     job = ledger.find(session, caller.project_id, job_id)

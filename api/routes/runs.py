@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads, scorecard
-from api.dependencies import After, CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
+from api.dependencies import After, CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep, UpTo1000
 from api.schemas import runs as schemas
 from api.schemas.base import CursorList, ListOf, WholeList, errors
 from tunery.artifacts import answers, reproduction
@@ -144,7 +144,7 @@ def list_scorecard_rows(
         Query(description="true: rows that the tuned model answers correctly; false: the others"),
     ] = None,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Objects per page")] = 20,
+    limit: UpTo1000 = 20,
 ) -> CursorList[schemas.ScorecardRow]:
     """Every test row with both models' answers, in the order of the file. Empty without a scorecard."""
     job = ledger.find(session, caller.project_id, job_id)

@@ -1,11 +1,9 @@
 """Webhook endpoints, which get an event when a job ends."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
-from api.dependencies import ANY_KEY, After, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep
+from api.dependencies import ANY_KEY, After, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep, UpTo100
 from api.json_route import JsonRoute
 from api.schemas import webhooks as schemas
 from api.schemas.base import CursorList, WholeList, errors
@@ -37,7 +35,7 @@ def list_webhook_endpoints(
     session: SessionDep,
     caller: CallerDep,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
+    limit: UpTo100 = 20,
 ) -> CursorList[schemas.Endpoint]:
     """Newest first."""
     rows, more = endpoints.list_page(session, caller.project_id, after=after, limit=limit)
@@ -74,7 +72,7 @@ def list_webhook_deliveries(
     session: SessionDep,
     caller: CallerDep,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
+    limit: UpTo100 = 20,
 ) -> CursorList[schemas.WebhookDelivery]:
     """Newest first, each with its tries: the status code of the receiver's response, or why there was none. Ended ones
     are kept for 30 days, unless the operator chose otherwise (`TUNERY_KEEP_DELIVERIES_DAYS`)."""
