@@ -200,9 +200,8 @@ def check_examples(
 
 @dataclass
 class _Part:
-    """What is found in a group of rows. `faults`: by the rows' names. `digests`: the good rows' numbers
-    and conversations. `is_last`: no further row
-    is worth reading."""
+    """What is found in a group of rows. `faults`: by the rows' names. `digests`: the good rows' numbers and
+    conversations. `is_last`: no further row is worth reading."""
 
     summary: Summary = field(default_factory=Summary)
     faults: dict[str, InvalidTrainingFile] = field(default_factory=dict)

@@ -36,7 +36,7 @@ RECORDED_TOKENS, RECORDED_WORK = 8_192, 25 * 10**12
 GPU, not by Python: graphs gain little and keep memory."""
 RECORDING_BYTES = 128 * 2**20
 """What recordings take beside activations: cuBLAS works in memory of their own, and the driver keeps every launch. On
-an H200 passes of a 7B model that left 57 MiB could not be recorded, those that left 155 could."""
+an H200 passes of a 7B model were recorded where they left 176 MiB."""
 OVERLAPPED = 2**28
 """Bytes of gradients above which several ranks gain more by sending them during a pass than by recording it; and above
 which they leave activations no room where layers are recomputed, as they stay between recorded passes."""
@@ -170,10 +170,12 @@ def split(room: float, needs: Needs, wanted: int, longest: int, *, unpacks: bool
     return fastest(_splits(room, needs, wanted, longest), needs.layers, unpacks=unpacks)
 
 
-def split_recorded(room: float, needs: Needs, most: int, longest: int, *, unpacks: bool) -> Split | None:
-    """Returns the fastest way to compute up to `most` tokens in passes that are recorded; None if not even `longest`
-    fit beside the recordings.
+def split_recorded(room: float, needs: Needs, found: Split, limit: int, longest: int, *, unpacks: bool) -> Split | None:
+    """Returns the fastest way to compute what `found` does in passes that are recorded, of up to `limit` tokens unless
+    one example has more; None if not even `longest` tokens fit beside the recordings.
     """
+    # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
+    most = max(longest, min(found.tokens, limit))
     return split(room - RECORDING_BYTES, needs, most, longest, unpacks=unpacks)
 
 
@@ -265,9 +267,7 @@ def _recorded(s: Setting, load: Load, room: float, needs: Needs, found: Split) -
     most = most_recorded(s.shape.params)
     if s.ranks > 1 or s.shape.experts or min(found.tokens, load.step) > most:
         return None
-    chosen = split_recorded(
-        room, needs, max(load.longest, min(found.tokens, most)), load.longest, unpacks=s.precision.quantised
-    )
+    chosen = split_recorded(room, needs, found, most, load.longest, unpacks=s.precision.quantised)
     return chosen if chosen is not None and (not chosen.recompute or _recomputes_alone(s)) else None
 
 

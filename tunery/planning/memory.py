@@ -41,8 +41,8 @@ def estimate(
     setting = Setting.of(model_info, technique, device, optimizer, ranks)
     layers = setting.shape.layers if device == "cuda" else 0
     offload = ranks == 1 and layers > 0
-    step = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=offload, host_embedding=True))
-    found = max(step, peak.loaded(setting), key=lambda each: each.bytes)
+    training = peak.peak(setting, Step(tokens, labels=1, recompute=layers, offload=offload, host_embedding=True))
+    found = max(training, peak.loaded(setting), key=lambda each: each.bytes)
     return Estimate(found.parts | {"fixed": PROCESS_BYTES[device]})
 
 

@@ -145,6 +145,10 @@ class _Space:
     room: float
     needs: Needs
 
+    def holds(self, tokens: int) -> bool:
+        """Whether passes over so many tokens need no recomputation."""
+        return not self.needs.layers or self.needs.none * tokens <= self.room
+
 
 def _space(probe: "_Probe", wanted: int, length: int) -> _Space:
     """Returns measurements of an example of `length` tokens and of two; fewer if `wanted` tokens fit at once as they
@@ -153,7 +157,7 @@ def _space(probe: "_Probe", wanted: int, length: int) -> _Space:
     evaluation, none = probe.evaluation() / length, probe.peak(0) / length
     room = probe.room()  # after a pass, which frees what torch has reserved and nothing uses
     space = _Space(room, Needs(probe.objective.layers, none=none, evaluation=evaluation))
-    if not space.needs.layers or none * wanted <= space.room:
+    if space.holds(wanted):
         return space
     space = replace(space, needs=probe.needs(space.needs, length))
     found = split(space.room, space.needs, wanted, length, unpacks=probe.unpacks)
@@ -169,8 +173,7 @@ def _fastest(probe: "_Probe", space: _Space, wanted: int, length: int, *, is_ste
     """Returns the fastest split that fits. `is_step`: the `wanted` tokens are those of a whole step."""
     needs = space.needs
     found = split(space.room, needs, wanted, length, unpacks=probe.unpacks)
-    fits = not needs.layers or needs.none * wanted <= space.room
-    if fits or not probe.is_full or not is_step:
+    if space.holds(wanted) or not probe.is_full or not is_step:
         return found
     whole = whole_step(needs.layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, needs.evaluation))
     return fastest((found, whole), needs.layers, unpacks=probe.unpacks)
@@ -181,9 +184,8 @@ def _recorded(probe: "_Probe", space: _Space, found: Split, work: Work, length: 
     do not fit beside the recordings.
     """
     objective = probe.objective
-    # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
-    most = max(length, min(found.tokens, most_tokens(objective)))
-    chosen = split_recorded(space.room, space.needs, most, length, unpacks=probe.unpacks)
+    limit = most_tokens(objective)
+    chosen = split_recorded(space.room, space.needs, found, limit, length, unpacks=probe.unpacks)
     if chosen is None:
         return None
     objective.recompute(chosen.recompute, offload=chosen.offload)
