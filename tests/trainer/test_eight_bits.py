@@ -12,6 +12,7 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 
 from tunery.spec import Lora, Qlora
 from worker.trainer import eight_bits, loop, paths
+from worker.trainer import objective as objective_module
 from worker.trainer.kernels import fp8
 from worker.trainer.parallel import Ranks
 from worker.trainer.report import MessageWriter
@@ -75,7 +76,8 @@ def test_comparison_recomputes_layers_where_memory_is_short(
     t = begin(tmp_path / "run", tiny)
     assert t.eight_bits is not None
     wanted = eight_bits.compare(t.objective, t.eight_bits._batch, t.eight_bits.names)
-    usual, passes = t.objective.sums, []
+    usual, passes = t.objective.sums, list[Any]()
+    monkeypatch.setattr(objective_module, "release", lambda _: passes.append("released"))
 
     def sums(*of: Any) -> Any:
         passes.append(t.objective.recomputes)
@@ -86,7 +88,7 @@ def test_comparison_recomputes_layers_where_memory_is_short(
     monkeypatch.setattr(t.objective, "sums", sums)
     found = eight_bits.compare(t.objective, t.eight_bits._batch, t.eight_bits.names)
 
-    assert passes == [0, t.objective.layers]
+    assert passes == [0, "released", t.objective.layers]
     assert found == {name: pytest.approx(product) for name, product in wanted.items()}
     assert t.objective.recomputes == 0
 

@@ -15,11 +15,12 @@ from tunery.planning import activations, expected
 from tunery.planning import memory as planning
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import embeddings, hardware, layout, preflight, reading, validation
+from worker.trainer import embeddings, hardware, layout, loading, preflight, reading, validation
 from worker.trainer.data import Example, Row
 from worker.trainer.kernels import decoder
 from worker.trainer.loop import _take_step, train
 from worker.trainer.memory import MemoryPlan, next_after
+from worker.trainer.recipes.lora import LORA
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.stop_signal import StopSignal
@@ -251,6 +252,22 @@ def test_recorded_passes_are_not_larger_than_those_that_gain_from_it(
     assert found() == MemoryPlan(250, graphs=True), "the recordings take room from activations"
     gpu.limit(monkeypatch, 22_500 + gradients)
     assert found() == MemoryPlan(800, recompute=2), "the recordings would not fit"
+
+
+def test_libraries_take_their_memory_before_the_model_does(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def load_base(*of: Any) -> Any:
+        order.append("model")
+        return LORA.load_base(*of)
+
+    monkeypatch.setattr(loading, "device_ready", lambda device: order.append(f"libraries on {device}"))
+    monkeypatch.setitem(loading.RECIPES, "lora", replace(LORA, load_base=load_base))
+    training(tmp_path / "run", tiny)
+
+    assert order == ["libraries on cpu", "model"]
 
 
 def test_embedding_makes_room_for_the_optimizers_state(

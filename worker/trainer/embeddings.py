@@ -3,7 +3,6 @@
 The table of an 8B Llama takes 1 GiB of the GPU, and a step of 8,000 tokens reads 62 MB of it.
 """
 
-import gc
 import logging
 from typing import Any
 
@@ -46,16 +45,21 @@ def move_to_host(objective: Objective) -> int:
         try:
             host = torch.empty(weight.nbytes, dtype=torch.uint8, pin_memory=True)
             host.view(weight.dtype).view(weight.shape).copy_(weight.data)
+            former = weight.untyped_storage()
             weight.data = _on_gpu(host, weight)
+            if former.resizable():
+                former.resize_(0)  # free at once, whatever may still refer to the weight as it was loaded
         except RuntimeError as error:
             log.info("the input embedding stays on the GPU: %s", str(error).splitlines()[0])
             break
         weight.is_on_host = True  # type: ignore[attr-defined]
         moved += weight.nbytes
     if moved:
-        gc.collect()  # what a pass that did not fit left behind may still refer to the weight's former memory
         torch.cuda.empty_cache()
-        log.info("the input embedding, %.2f GiB, is in the host's memory", moved / 2**30)
+        free, _ = torch.cuda.mem_get_info()
+        log.info(
+            "the input embedding, %.2f GiB, is in the host's memory; %.2f GiB are free", moved / 2**30, free / 2**30
+        )
     return moved
 
 

@@ -12,6 +12,7 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from worker.trainer import layout, pieces, preflight, rope, sharding
 from worker.trainer.data import Rows, collate, singles
+from worker.trainer.memory import device_ready
 from worker.trainer.methods import registry
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
@@ -47,6 +48,7 @@ def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Rank
 
     New weights depend on the seed alone, however many ranks there are.
     """
+    device_ready(ranks.device)
     recipe, technique = RECIPES[run.plan.technique.type], run.plan.technique
     precision = decide(technique, ranks.device.type, run.plan.optimizer)
     sharded = layout.is_cut(run.plan, folder / "base", template, ranks)

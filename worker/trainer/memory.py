@@ -25,6 +25,16 @@ def shortage_noticed() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
+def device_ready(device: torch.device) -> None:
+    """Makes CUDA's libraries take the memory that they keep, in the thread of backward passes too.
+
+    Later there may be none: torch does not return what it has reserved to other libraries.
+    """
+    if device.type == "cuda":
+        one = torch.ones(16, 16, device=device, requires_grad=True)
+        (one @ one).sum().backward()
+
+
 def release(device: torch.device) -> None:
     """Returns to the driver what torch has reserved and nothing uses, and what cuBLAS works in, in every stream.
 

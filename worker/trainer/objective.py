@@ -16,7 +16,7 @@ from worker.trainer import precision, rope
 from worker.trainer.data import RECTANGLES_TO, Batch
 from worker.trainer.kernels import adapters, casts, cross_entropy, decoder
 from worker.trainer.kernels.recomputation import Recomputation
-from worker.trainer.memory import shortage_noticed
+from worker.trainer.memory import release, shortage_noticed
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.sft import SupervisedFineTuning
 from worker.trainer.neftune import Noise
@@ -129,6 +129,7 @@ class Objective(nn.Module):
         else:
             return
         self.recompute(offload=True)
+        release(next(self.parameters()).device)
         try:
             run()
         finally:

@@ -62,7 +62,6 @@ def fit_micro_batch(
     `ranks`: those over which the model is sharded, which use the same plan.
     """
     device = next(objective.parameters()).device
-    device_ready(device)
     if not _made_state(optimizer) and not (embeddings.move_to_host(objective) and _made_state(optimizer)):
         raise _does_not_fit(work, "The optimizer's state", device)
     if device.type != "cuda":
@@ -76,16 +75,6 @@ def fit_micro_batch(
     elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
     return plan
-
-
-def device_ready(device: torch.device) -> None:
-    """Makes CUDA's libraries take the memory that they keep, in the thread of backward passes too.
-
-    Later there may be none: torch does not return what it has reserved to other libraries.
-    """
-    if device.type == "cuda":
-        one = torch.ones(16, 16, device=device, requires_grad=True)
-        (one @ one).sum().backward()
 
 
 def _made_state(optimizer: torch.optim.Optimizer) -> bool:
@@ -162,9 +151,7 @@ def _space(probe: "_Probe", wanted: int, length: int) -> _Space:
     space = replace(space, needs=probe.needs(space.needs, length))
     found = split(space.room, space.needs, wanted, length, unpacks=probe.unpacks)
     if (found is None or found.recompute) and embeddings.move_to_host(probe.objective):
-        if found is None:  # what did not fit has not been measured
-            return _space(probe, wanted, length)
-        space = replace(space, room=probe.room())
+        return _space(probe, wanted, length)  # with the passes that did not fit before
     log.info("%.1f MiB for activations; bytes: %s", space.room / 2**20, space.needs)
     return space
 
