@@ -8,16 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import adapted
 import pytest
 import torch
 from run_folders import chat, lay_out, plan
 from torch import Tensor
 
+from tunery.planning import expected
 from tunery.spec import Lora
 from worker.trainer import cuda_graphs, run
 from worker.trainer.cuda_graphs import SCALE, CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Row, collate, singles
-from worker.trainer.objective import Objective
+from worker.trainer.kernels import experts as grouped
+from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.recorded_update import RecordedUpdate
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
@@ -212,6 +215,35 @@ def test_why_steps_are_not_recorded_on_a_gpu(
         **({"recomputes": 0, "draws_again": False} | of | changes), parameters=lambda: iter([weight])
     )
     assert cuda_graphs.reason_against(on_gpu, tokens) == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "one_by_one", "recorded"),
+    [({}, None, True), ({}, "a width is no multiple of 8", False), ({"target_modules": ["q_proj"]}, None, False)],
+    ids=["grouped", "one by one", "experts without adapters"],
+)
+def test_passes_of_a_mixture_are_recorded_unless_the_host_reads_its_routing(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], one_by_one: str | None, recorded: bool
+) -> None:
+
+    made = adapted.objective("qwen3_moe", **options)
+    monkeypatch.setattr(grouped, "reason_against", lambda _weight: one_by_one)
+    of = {name: getattr(made, name) for name in ("causal", "model", "method", "noise", "is_sharded", "recomputes")}
+    weight = SimpleNamespace(is_cuda=True, requires_grad=True, nbytes=100)
+    on_gpu: Any = SimpleNamespace(**of, draws_again=False, parameters=lambda: iter([weight]))
+
+    reason = cuda_graphs.reason_against(on_gpu, 100)
+    assert reason == (None if recorded else "the experts' work depends on the batch")
+
+
+def test_a_mixtures_work_is_that_of_the_experts_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, mixture = (adapted.objective(family, target_modules=["q_proj"]) for family in ("qwen3", "qwen3_moe"))
+    every, _ = all_and_trainable(mixture.model)
+    of_experts = 3 * 4 * 3 * 64 * 32  # layers, experts, matrices of an expert
+    monkeypatch.setattr(expected, "RECORDED_WORK", 1000 * (every - of_experts // 2))  # two experts of four
+    assert cuda_graphs.most_tokens(mixture) == 1000
+    monkeypatch.setattr(expected, "RECORDED_WORK", 1000 * all_and_trainable(dense.model)[0])
+    assert cuda_graphs.most_tokens(dense) == 1000
 
 
 def test_drivers_own_shortage_in_a_recorded_pass_is_noticed(objective: Objective) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_models import LLAMA_8B
+from known_models import LLAMA_8B, MIXTURE
 from pydantic import ValidationError
 
 from tunery.errors import InvalidValue
@@ -238,21 +238,6 @@ def test_loaded_model_has_to_fit() -> None:
     assert found.parts.keys() == {"base", "adapter", "fixed"}
     assert found.bytes == 16_060_522_496 + 4 * 20_971_520 + memory.PROCESS_BYTES["cuda"]
     assert not expected.runs(LLAMA_8B, Lora(r=8), max_seq_length=512, capacity=found.bytes - 1)
-
-
-MIXTURE = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151_936,
-    "params": 10_592_262_144,
-    "counts": {"four_bit": 301_989_888, "experts": 9_663_676_416, "rank_1": 20_760_576, "unmerged": 9_663_676_416},
-    "active_experts_size": 6144,
-}
 
 
 def test_casts_of_adapters_are_counted() -> None:

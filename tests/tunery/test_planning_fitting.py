@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from known_models import LLAMA_8B
+from known_models import LLAMA_8B, MIXTURE
 
 from tunery.planning import expected, fitting, memory, peak
 from tunery.planning.cards import CARDS
@@ -155,6 +155,26 @@ def test_passes_are_recorded_up_to_their_work(tokens: int, recorded: bool) -> No
     assert found is not None
     assert found.step.graphs == recorded
     assert expected.most_recorded(1_000_000_000) == 8_192
+
+
+@pytest.mark.parametrize(
+    ("technique", "unmerged", "recorded"),
+    [
+        (Lora(), True, True),
+        (Lora(), False, False),
+        (Lora(target_modules=["q_proj"]), True, False),
+        (Full(), True, False),
+    ],
+    ids=["grouped", "of another form", "experts without adapters", "full"],
+)
+def test_passes_of_a_mixture_are_recorded_by_the_work_of_a_token(
+    technique: Technique, unmerged: bool, recorded: bool
+) -> None:
+    """Of 10.6 billion weights a token passes 1.5 billion."""
+    info = MIXTURE | {"counts": MIXTURE["counts"] | ({} if unmerged else {"unmerged": 0})}
+    found = expected.plan(Setting.of(info, technique, "cuda", "adamw", 1), Load(2048, 8192), 400 * GIB)
+    assert found is not None
+    assert found.step.graphs == recorded
 
 
 def test_every_known_card_has_a_verdict_and_a_way_out() -> None:

@@ -264,11 +264,17 @@ def _recorded(s: Setting, load: Load, room: float, needs: Needs, found: Split) -
 
     Assumes that method and RoPE can be recorded.
     """
-    most = most_recorded(s.shape.params)
-    if s.ranks > 1 or s.shape.experts or min(found.tokens, load.step) > most:
+    most = most_recorded(s.shape.active)
+    if s.ranks > 1 or (s.shape.experts and not _are_grouped(s)) or min(found.tokens, load.step) > most:
         return None
     chosen = split_recorded(room, needs, found, most, load.longest, unpacks=s.precision.quantised)
     return chosen if chosen is not None and (not chosen.recompute or _recomputes_alone(s)) else None
+
+
+def _are_grouped(s: Setting) -> bool:
+    """Whether the host need not read to which experts a batch is routed."""
+    adapts_all = isinstance(s.technique, Lora) and s.technique.target_modules == "all-linear"
+    return adapts_all and s.shape.unmerged == s.shape.experts and s.precision.dense == "bfloat16"
 
 
 def _step(load: Load, tokens: int, **how: Any) -> Step:
@@ -326,9 +332,9 @@ def _recomputes_alone(s: Setting) -> bool:
     return activations.find_path(s.shape, s.technique, s.precision) == "fused"
 
 
-def most_recorded(params: int) -> int:
-    """Returns the most tokens of a pass that is recorded, for a model of so many weights."""
-    return min(RECORDED_TOKENS, RECORDED_WORK // max(1, params))
+def most_recorded(active: int) -> int:
+    """Returns the most tokens of a pass that is recorded, for a model of which each passes so many weights."""
+    return min(RECORDED_TOKENS, RECORDED_WORK // max(1, active))
 
 
 def _with_check(s: Setting, step: Step, load: Load, capacity: int) -> Step:

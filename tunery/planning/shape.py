@@ -79,6 +79,11 @@ class Shape:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
+    def active(self) -> int:
+        """Weights that a token passes through: of a mixture without the experts that it is not routed to."""
+        return self.linears + self.vocabulary if self.experts else self.params
+
+    @property
     def linears(self) -> int:
         """Weights of all layers' linear modules."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.modules.values())

@@ -73,9 +73,7 @@ def operations(shape: Shape, technique: Technique, *, recompute: bool = False) -
 
 def _matrices(shape: Shape) -> float:
     """Returns the weights that a token is multiplied with: all linear layers, its active experts, and the head."""
-    dense = shape.params - shape.vocabulary
-    passed = shape.linears if shape.experts else max(dense, 1)
-    return passed + shape.vocab * shape.hidden
+    return max(shape.active - shape.vocabulary, 1) + shape.vocab * shape.hidden
 
 
 def _forward(work: Workload) -> float:

@@ -18,8 +18,10 @@ from worker.trainer import experts, rope
 from worker.trainer.data import Batch
 from worker.trainer.decoding.graphs import CudaRecorder, Recorder
 from worker.trainer.kernels import accumulation
+from worker.trainer.kernels import experts as grouped
 from worker.trainer.memory import release, shortage_noticed
 from worker.trainer.objective import Objective, all_and_trainable
+from worker.trainer.recipes import targets
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +148,8 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
 
 def most_tokens(objective: Objective) -> int:
     """Returns the most tokens of a pass that is recorded."""
-    return most_recorded(all_and_trainable(objective.model)[0])
+    idle = experts.idle(objective.causal.config.get_text_config(), _of_experts(objective))
+    return most_recorded(all_and_trainable(objective.model)[0] - idle)
 
 
 def worthwhile(objective: Objective, tokens: int, ranks: int = 1) -> bool:
@@ -168,9 +171,20 @@ def reason_against(objective: Objective, tokens: int, ranks: int = 1) -> str | N
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding would change the lengths
         "activations are computed again with the same random numbers": objective.draws_again,
         "gradients need the memory of activations": objective.recomputes and trained > OVERLAPPED,
-        "the experts' work depends on the batch": experts.are_in(config),  # the host reads each batch's routing
+        "the experts' work depends on the batch": experts.are_in(config) and not _are_grouped(objective),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _are_grouped(objective: Objective) -> bool:
+    """Whether all experts' products are grouped on the device; else the host reads each batch's routing."""
+    products, taken = grouped.products(objective.model), grouped.weights_taken(objective.model)
+    return products is not None and products["path"] == "grouped" and taken == _of_experts(objective)
+
+
+def _of_experts(objective: Objective) -> int:
+    """Returns the weights of all routed experts."""
+    return sum(weight.numel() for weight in targets.experts(objective.causal).values())
 
 
 def _shape(batch: Batch) -> tuple[object, ...]:
