@@ -2,14 +2,16 @@
 [--skip 10] [--models FOLDER]`.
 
 Weak scaling: each GPU has four rows of 1,900 to 1,906 tokens a step, however many there are. Strong scaling: all of
-them together have eight rows of a step, of the lengths of instruction data. Every run is the trainer's own process, as
-a worker preloads it. `all_steps` counts the seconds of every step, with the compilation of the first ones, and
-those in which passes are recorded before them; `steady` those after `--skip` steps. OUT.json is written after every
-kind. The checkpoints are random. Needs two GPUs.
+them together have eight rows of a step, of the lengths of instruction data. One GPU's run is made on each of the two
+at once, and the mean of both counts: GPUs of one kind differ by a few percent, and two together are as fast as the
+slower one. Every run is the trainer's own process, as a worker preloads it. `all_steps` counts the seconds of every
+step, with the compilation of the first ones, and those in which passes are recorded before them; `steady` those after
+`--skip` steps. OUT.json is written after every kind. The checkpoints are random. Needs two GPUs.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,24 +47,25 @@ KINDS = {
 }
 
 
-def compare(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """Returns the figures of two runs and how much faster two GPUs are."""
-    if "failed" in one or "failed" in two:
-        return {"one": one, "two": two}
+def compare(ones: list[dict[str, Any]], two: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of a run on each GPU and of one on both, and how much faster both are than the mean."""
+    found: dict[str, Any] = {"ones": ones, "two": two}
+    if any("failed" in run for run in (*ones, two)):
+        return found
     ratios = {
-        "all_steps": round(two["all_steps_tok_s"] / one["all_steps_tok_s"], 3),
-        "steady": round(two["tok_s"] / one["tok_s"], 3),
+        name: round(two[of] / statistics.fmean(one[of] for one in ones), 3)
+        for name, of in {"all_steps": "all_steps_tok_s", "steady": "tok_s"}.items()
     }
-    return {"scaling": ratios, "one": one, "two": two}
+    return {"scaling": ratios} | found
 
 
 def shown(name: str, found: dict[str, Any]) -> str:
     """Returns a kind's line of the table."""
-    one, two = found["one"], found["two"]
+    runs = [*found["ones"], found["two"]]
     if "scaling" not in found:
-        return f"{name}: failed {[run['failed'] for run in (one, two) if 'failed' in run]}"
-    around = [run["seconds"].get("around_the_steps") for run in (one, two)]
-    return f"{name}: {one['tok_s']} and {two['tok_s']} tokens/s, {found['scaling']}, seconds around the steps {around}"
+        return f"{name}: failed {[run['failed'] for run in runs if 'failed' in run]}"
+    speeds, around = [run["tok_s"] for run in runs], [run["seconds"].get("around_the_steps") for run in runs]
+    return f"{name}: {speeds} tokens/s, {found['scaling']}, seconds around the steps {around}"
 
 
 def main() -> None:
@@ -85,11 +88,10 @@ def main() -> None:
         work = replace(work, steps=a.steps, skip=a.skip)
         return measure(bases[kind.shape], work, preloaded=True, limit=LIMIT, gpus=gpus)
 
-    # One GPU's runs go side by side, one on each: they share nothing that their steps wait for.
-    with ThreadPoolExecutor(2) as pool:
-        ones = dict(zip(kinds, pool.map(run, kinds, ("0", "1") * len(kinds)), strict=False))
     for name in kinds:
-        results[name] = compare(ones[name], run(name, "0,1"))
+        with ThreadPoolExecutor(2) as pool:
+            ones = list(pool.map(run, (name, name), ("0", "1")))
+        results[name] = compare(ones, run(name, "0,1"))
         print(f"{time.monotonic() - began:.0f} s  {shown(name, results[name])}", flush=True)
         a.out.write_text(json.dumps({**hardware(), "steps": a.steps, "skip": a.skip, "kinds": results}, indent=1))
 

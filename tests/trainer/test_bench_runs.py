@@ -15,6 +15,7 @@ from bench import (
     job_speed,
     make_model,
     replay,
+    scaling,
     speed_chart,
     speed_table,
     task_runs,
@@ -198,6 +199,17 @@ def test_a_chart_leaves_out_a_stack_that_failed() -> None:
     assert "1.80x" in drawn
     assert "0.50x" in drawn
     assert "LoRA 8B" not in drawn.replace("QLoRA 8B", "")
+
+
+def test_two_gpus_are_compared_with_the_mean_of_each_alone() -> None:
+    def run(speed: int) -> dict[str, Any]:
+        return {"tok_s": speed, "all_steps_tok_s": speed - 10, "seconds": {}}
+
+    found = scaling.compare([run(100), run(110)], run(210))
+    assert found["scaling"] == {"all_steps": 2.105, "steady": 2.0}
+    assert "[100, 110, 210] tokens/s" in scaling.shown("lora 1b", found)
+    failed = scaling.compare([run(100), {"failed": "does_not_fit"}], run(210))
+    assert scaling.shown("lora 1b", failed) == "lora 1b: failed ['does_not_fit']"
 
 
 @pytest.mark.parametrize("size", [640, make_model.TOKENS])
