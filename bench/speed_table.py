@@ -1,10 +1,10 @@
 """Measures the rows of the speed table: Tunery's job path and Unsloth or TRL with Liger, all in one call on one card.
 
-`python -m bench.speed_table OUT.json [--rows "qlora 8b" "lora 1b" ...] [--seconds 540] [--runs 3] [--steps 50]
-[--skip 10] [--models FOLDER]`. Without `--rows` every row is measured, in the order of ROWS, and all of them RUNS times
-as far as the seconds allow. OUT.json is written after every measurement, so that a run that is cut off keeps its
-results. The checkpoints are random and made here. All stacks have the same checkpoint, the same rows in the same
-order and an adapter of the same rank on the same layers; the peers' packages must be importable. The next process
+`python -m bench.speed_table OUT.json [--rows "qlora 8b" "lora 1b" ...] [--seconds 540] [--runs 3] [--steps 50] [--skip
+10] [--models FOLDER] [--stacks tunery]`. Without `--rows` every row is measured, in the order of ROWS, and all of them
+RUNS times as far as the seconds allow. OUT.json is written after every measurement, so that a run that is cut off
+keeps its results. The checkpoints are random and made here. All stacks have the same checkpoint, the same rows in the
+same order and an adapter of the same rank on the same layers; the peers' packages must be importable. The next process
 imports its packages while the one before it loads its model, so `seconds` are those of a preloaded process. Needs a
 GPU.
 """
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -268,7 +268,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", type=int, default=10)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "speed_table")
+    parser.add_argument("--stacks", nargs="+", help="only these of each row's stacks")
     a = parser.parse_args()
+    for name in a.rows if a.stacks else ():
+        ROWS[name] = replace(ROWS[name], stacks=tuple(stack for stack in ROWS[name].stacks if stack in a.stacks))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as logs:
         bench = Bench(a.models, time.monotonic() + a.seconds, a.steps, a.skip, Path(logs))

@@ -3,10 +3,12 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM
 
 from bench import (
@@ -18,6 +20,7 @@ from bench import (
     scaling,
     speed_chart,
     speed_table,
+    step_profile,
     task_runs,
     train_rows,
 )
@@ -199,6 +202,20 @@ def test_a_chart_leaves_out_a_stack_that_failed() -> None:
     assert "1.80x" in drawn
     assert "0.50x" in drawn
     assert "LoRA 8B" not in drawn.replace("QLoRA 8B", "")
+
+
+def test_kernels_of_a_profile_are_summed_by_name_without_named_spans() -> None:
+    def event(name: str, micros: float, device: DeviceType = DeviceType.CUDA, *, is_span: bool = False) -> Any:
+        return SimpleNamespace(name=name, device_time=micros, device_type=device, is_user_annotation=is_span)
+
+    events = [
+        event("norm", 100),
+        event("product", 3000),
+        event("product", 1000),
+        event("AdamW.step", 9000, is_span=True),
+    ]
+    found = step_profile.kernels([*events, event("aten::mm", 50, DeviceType.CPU)], 2)
+    assert found == [{"name": "product", "calls": 1.0, "ms": 2.0}, {"name": "norm", "calls": 0.5, "ms": 0.05}]
 
 
 def test_two_gpus_are_compared_with_the_mean_of_each_alone() -> None:
