@@ -91,14 +91,7 @@ def main() -> None:
     base = make_model.ready(a.models, a.shape)
     work = Work(a.technique, a.lengths, a.batch, WARM_UP + TIMED + PROFILED, optimizer=a.optimizer)
     found = measure(base, work)
-    about = {
-        "shape": a.shape,
-        "technique": a.technique,
-        "lengths": a.lengths,
-        "batch": a.batch,
-        "optimizer": a.optimizer,
-    }
-    a.out.write_text(json.dumps({**hardware(), **about, **found}, indent=1) + "\n")
+    a.out.write_text(json.dumps({**hardware(), "shape": a.shape, **asdict(work), **found}, indent=1) + "\n")
     print(f"{found['plan']}\n{found['step_ms']} ms a step, {found['kernels_ms']} ms of kernels")
     for kernel in found["kernels"][:SHOWN]:
         print(f"{kernel['ms']:9.2f} ms {kernel['calls']:8.1f} calls  {kernel['name'][:150]}")
