@@ -433,6 +433,23 @@ def test_embedding_is_moved_where_activations_would_be_recomputed(
     assert preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda")) == wanted
 
 
+@pytest.mark.parametrize(("mean_step", "wanted"), [(400, MemoryPlan(400, recompute=2)), (40, MemoryPlan(190))])
+def test_plan_is_judged_by_the_mean_rows(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, mean_step: int, wanted: MemoryPlan
+) -> None:
+    """Of rows of 100 tokens one fits as it is and all with recomputation; of rows of 10 all fit as they are."""
+    t = training(tmp_path / "run", tiny)
+    FakeGPU(monkeypatch, 21_200 + sum(4 * parameter.numel() for parameter in t.parameters.values()))
+    monkeypatch.setattr(embeddings, "move_to_host", lambda _: 0)
+    monkeypatch.setattr(preflight, "worthwhile", lambda *_: False)
+    work = preflight.Work(Lora(), rows_a_step=4, mean_step=mean_step, row=100, sequence=100, packs=False)
+
+    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
+
+    assert replace(found, max_tokens=0) == replace(wanted, max_tokens=0)
+    assert abs(found.max_tokens - wanted.max_tokens) < 5
+
+
 def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ def run(
         (Qlora(), 15.0, 2_048, 0, False),
         (Qlora(), 14.0, 2_048, 0, False),  # with the embedding in the host's memory, as for all that follow
         (Qlora(), 12.0, 2_048, 7, False),  # seven of 32 layers
-        (Qlora(), 9.0, 14_336, 31, True),  # each pass unpacks the weights: a few large ones are faster
+        (Qlora(), 9.0, 10_240, 30, True),  # each pass unpacks the weights: two large ones are faster
         (Qlora(), 7.5, 8_192, 31, True),
         (Lora(), 139.8, 16_384, 0, False),
         (Lora(), 18.2, 2_048, 23, False),  # recordings take room, too
@@ -78,7 +78,7 @@ NEEDS = Needs(layers=10, none=100, all=19, one=20, layer=80 / 9, inputs=5)
         (100 * 8000, Split(8000)),
         (100 * 4000, Split(4000)),
         (100 * 2000, Split(2000)),
-        (100 * 900, Split(900)),
+        (100 * 900, Split(1094, 2)),  # two examples instead of one
         (100 * 450, Split(547, 2)),
         (19 * 500, Split(575, 9, offload=True)),  # 20 - 5 * 7 / 10
         (15 * 500, Split(500, 10, offload=True)),
@@ -86,27 +86,39 @@ NEEDS = Needs(layers=10, none=100, all=19, one=20, layer=80 / 9, inputs=5)
     ],
 )
 def test_split_is_the_fastest_that_fits(room: int, wanted: Split | None) -> None:
-    assert split(room, NEEDS, 8000, 500, unpacks=False) == wanted
+    assert split(room, NEEDS, Load(500, 8000), unpacks=False) == wanted
 
 
 def test_what_does_not_depend_on_the_tokens_is_counted_once() -> None:
     assert fixed_bytes(700 + 500 * 19, 700 + 1000 * 19) == 700
-    assert split(700 + 100 * 2000, replace(NEEDS, fixed=700), 8000, 500, unpacks=False) == Split(2000)
-    assert split(600, replace(NEEDS, fixed=700), 8000, 500, unpacks=False) is None
+    assert split(700 + 100 * 2000, replace(NEEDS, fixed=700), Load(500, 8000), unpacks=False) == Split(2000)
+    assert split(600, replace(NEEDS, fixed=700), Load(500, 8000), unpacks=False) is None
 
 
 def test_four_bit_weights_are_unpacked_for_each_pass_so_that_large_ones_are_faster() -> None:
-    dense, packed = (split(100 * 1000, NEEDS, 8000, 500, unpacks=unpacks) for unpacks in (False, True))
+    dense, packed = (split(100 * 900, NEEDS, Load(500, 8000), unpacks=unpacks) for unpacks in (False, True))
     assert dense is not None
     assert packed is not None
     assert packed.tokens > 2 * dense.tokens
     assert packed.recompute > dense.recompute
 
 
+def test_speed_is_judged_by_the_mean_sizes() -> None:
+    """Where most examples are short, what is a little too small for two of the longest is nearly as good."""
+    assert split(100 * 900, NEEDS, Load(500, 8000), unpacks=False, usual=Load(50, 800)) == Split(900)
+
+
+def test_a_whole_step_at_once_is_worth_copying_inputs_to_the_host() -> None:
+    found = run(Qlora(), 8.4, batch=4)
+    assert found is not None
+    assert (found.step.tokens, found.step.offload) == (4 * 2048, True)
+    assert not found.step.accumulates
+
+
 def test_inputs_in_the_hosts_memory_are_limited() -> None:
     huge = replace(NEEDS, inputs=10 * 2**20, all=20 * 2**20, one=21 * 2**20, layer=2**20, none=30 * 2**20)
     assert huge.inputs * 1000 > expected.MOST_OFFLOADED
-    found = split(14 * 2**20 * 1500, huge, 10_000, 1000, unpacks=True)
+    found = split(14 * 2**20 * 1500, huge, Load(1000, 10_000), unpacks=True)
     assert found is not None
     assert found.offload
     assert found.tokens * huge.inputs * found.recompute / huge.layers <= expected.MOST_OFFLOADED
@@ -123,7 +135,7 @@ def test_a_whole_step_recomputes_as_few_layers_as_fit(least: int) -> None:
 
 
 def test_evaluation_limits_the_tokens_too() -> None:
-    assert split(100 * 8000, replace(NEEDS, evaluation=200), 8000, 500, unpacks=False) == Split(4000)
+    assert split(100 * 8000, replace(NEEDS, evaluation=200), Load(500, 8000), unpacks=False) == Split(4000)
 
 
 def test_what_no_plan_is_found_for_is_none() -> None:

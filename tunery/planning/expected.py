@@ -162,27 +162,32 @@ class Split:
     offload: bool = False
 
 
-def split(room: float, needs: Needs, wanted: int, longest: int, *, unpacks: bool) -> Split | None:
-    """Returns the fastest way to compute `wanted` tokens in `room` bytes; None if not even `longest` tokens fit.
+def split(
+    room: float, needs: Needs, load: Load, *, unpacks: bool, usual: Load | None = None, most: int | None = None
+) -> Split | None:
+    """Returns the fastest way to compute a step in `room` bytes; None if not even its longest example fits.
 
-    `unpacks`: the base is in four bits. Where several are as fast, the one that recomputes and offloads least.
+    `unpacks`: the base is in four bits. `usual`: the mean sizes, by which times are judged, if others than `load`'s.
+    `most`: tokens of a micro-batch. Where several are as fast, the one that recomputes and offloads least.
     """
-    return fastest(_splits(room, needs, wanted, longest), needs.layers, unpacks=unpacks)
+    return fastest(_splits(room, needs, load, most or load.step), needs.layers, usual or load, unpacks=unpacks)
 
 
-def split_recorded(room: float, needs: Needs, found: Split, limit: int, longest: int, *, unpacks: bool) -> Split | None:
-    """Returns the fastest way to compute what `found` does in passes that are recorded, of up to `limit` tokens unless
-    one example has more; None if not even `longest` tokens fit beside the recordings.
+def split_recorded(
+    room: float, needs: Needs, found: Split, limit: int, load: Load, *, unpacks: bool, usual: Load | None = None
+) -> Split | None:
+    """Returns the fastest way to compute a step in passes that are recorded, no larger than those of `found` and of up
+    to `limit` tokens, unless one example has more; None if not even that fits beside the recordings.
     """
     # Larger micro-batches would pass without a graph, in memory beside that which the graphs keep.
-    most = max(longest, min(found.tokens, limit))
-    return split(room - RECORDING_BYTES, needs, most, longest, unpacks=unpacks)
+    most = max(load.longest, min(found.tokens, limit))
+    return split(room - RECORDING_BYTES, needs, load, unpacks=unpacks, usual=usual, most=most)
 
 
-def fastest(found: Iterable[Split | None], layers: int, *, unpacks: bool) -> Split | None:
+def fastest(found: Iterable[Split | None], layers: int, usual: Load, *, unpacks: bool) -> Split | None:
     """Returns the fastest split for a model of so many layers; None if there is none."""
     splits = [each for each in found if each is not None]
-    return min(splits, key=lambda each: _time(each, layers, unpacks=unpacks), default=None)
+    return min(splits, key=lambda each: _time(each, layers, usual, unpacks=unpacks), default=None)
 
 
 def whole_step(layers: int, tokens: int, fits: Callable[[int], bool]) -> Split | None:
@@ -204,22 +209,29 @@ def whole_step(layers: int, tokens: int, fits: Callable[[int], bool]) -> Split |
     return Split(tokens, most)
 
 
-def _splits(room: float, needs: Needs, wanted: int, longest: int) -> Iterator[Split]:
+def _splits(room: float, needs: Needs, load: Load, wanted: int) -> Iterator[Split]:
     left = max(0.0, room - needs.fixed)
     for offload in (False, True):
         for recompute in range(offload, needs.layers + 1):
             most = int(min(left / max(1.0, each) for each in (needs.of(recompute, offload=offload), needs.evaluation)))
             if offload:
                 most = min(most, int(MOST_OFFLOADED / max(1.0, needs.inputs * recompute / needs.layers)))
-            if most >= longest:
-                yield Split(max(longest, min(wanted, most)), recompute, offload)
+            if most >= load.longest:
+                yield Split(max(load.longest, min(wanted, most)), recompute, offload)
 
 
-def _time(found: Split, layers: int, *, unpacks: bool) -> float:
-    """Returns the time per token, as a share of the time without recomputation in one large micro-batch."""
+def _time(found: Split, layers: int, usual: Load, *, unpacks: bool) -> float:
+    """Returns the time of a step, as a share of that without recomputation in one large micro-batch."""
     share = found.recompute / max(1, layers)
     copies = OFFLOADED * share if found.offload else 0.0
-    return 1 + RECOMPUTED * share + copies + PASSES[unpacks] * (1 + share / 2) / found.tokens
+    # Of whole examples: what is a little too small for all of them takes as many passes as what holds half.
+    passes = -(-usual.step // _whole_examples(usual, found.tokens))
+    return 1 + RECOMPUTED * share + copies + PASSES[unpacks] * (1 + share / 2) * passes / usual.step
+
+
+def _whole_examples(load: Load, tokens: int) -> int:
+    """Returns the tokens of as many whole examples as fit into `tokens`, at least one; of the step's at most."""
+    return load.step if tokens >= load.step else max(1, tokens // load.longest) * load.longest
 
 
 def room_of(free: int, kept: int) -> float:
@@ -238,19 +250,20 @@ def _on_cpu(load: Load) -> Step:
 
 
 def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
-    wanted, room, needs = min(load.step, GPU_TOKENS), _room(s, load, capacity), _needs(s, load.longest)
-    moves = False
+    room, needs, moves = _room(s, load, capacity), _needs(s, load.longest), False
+    at_once = replace(load, step=min(load.step, GPU_TOKENS))
     if s.ranks > 1:
         fits = int(max(0.0, room - needs.fixed) / max(1.0, needs.all))
-        found = Split(max(load.longest, min(wanted, fits)), s.shape.layers) if fits >= load.longest else None
+        tokens = max(load.longest, min(at_once.step, fits))
+        found = Split(tokens, s.shape.layers) if fits >= load.longest else None
     else:
-        found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
+        found = split(room, needs, at_once, unpacks=s.precision.quantised)
         moves = s.movable_bytes > 0 and (found is None or found.recompute > 0)
         if moves:
             room += HEADROOM * s.movable_bytes
-            found = split(room, needs, wanted, load.longest, unpacks=s.precision.quantised)
-        if s.is_full and wanted == load.step and (found is None or found.recompute or found.tokens < wanted):
-            found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, unpacks=False)
+            found = split(room, needs, at_once, unpacks=s.precision.quantised)
+        if s.is_full and at_once == load and (found is None or found.recompute or found.tokens < load.step):
+            found = fastest((found, _whole_step(s, load, capacity)), s.shape.layers, load, unpacks=False)
     if found is None:
         return None
     recorded = _recorded(s, load, room, needs, found)
@@ -267,7 +280,7 @@ def _recorded(s: Setting, load: Load, room: float, needs: Needs, found: Split) -
     most = most_recorded(s.shape.active)
     if s.ranks > 1 or (s.shape.experts and not _are_grouped(s)) or min(found.tokens, load.step) > most:
         return None
-    chosen = split_recorded(room, needs, found, most, load.longest, unpacks=s.precision.quantised)
+    chosen = split_recorded(room, needs, found, most, load, unpacks=s.precision.quantised)
     return chosen if chosen is not None and (not chosen.recompute or _recomputes_alone(s)) else None
 
 
@@ -279,7 +292,7 @@ def _are_grouped(s: Setting) -> bool:
 
 def _step(load: Load, tokens: int, **how: Any) -> Step:
     """Returns the step whose largest micro-batch has as many whole examples as fit into `tokens`."""
-    tokens = min(tokens, load.step) if tokens >= load.step else max(1, tokens // load.longest) * load.longest
+    tokens = _whole_examples(load, tokens)
     labels = tokens if load.labels is None else min(tokens, load.labels)
     return Step(tokens, labels, **how)
 

@@ -18,6 +18,7 @@ from tunery.planning.expected import (
     CPU_MICRO_BATCH,
     GPU_TOKENS,
     MEASURED,
+    Load,
     Needs,
     Split,
     fastest,
@@ -52,6 +53,11 @@ class Work:
     validation: Example | None = None  # the longest validation example
     rows_an_example: int = 1
     ranks: int = 1
+
+    @property
+    def usual(self) -> Load:
+        """The mean sizes."""
+        return Load(max(1, self.mean_step // self.rows_a_step), self.mean_step)
 
 
 def fit_micro_batch(
@@ -107,14 +113,15 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> MemoryPlan:
-    wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
+    wanted = work.rows_a_step * work.sequence
     for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
         example = _example(rows, length, work.rows_an_example)
         probe = _Probe(objective, example, work.validation, device)
-        space = _space(probe, wanted, length)
-        found = _fastest(probe, space, wanted, length, is_step=wanted == work.rows_a_step * work.sequence)
+        load = Load(length, min(wanted, GPU_TOKENS))
+        space = _space(probe, load, work)
+        found = _fastest(probe, space, load, work, is_step=wanted == load.step)
         if found is not None:
-            recorded = _recorded(probe, space, found, work, length)
+            recorded = _recorded(probe, space, found, load, work)
             chosen = recorded or found
             objective.recompute(chosen.recompute, offload=chosen.offload)
             return MemoryPlan(
@@ -139,40 +146,40 @@ class _Space:
         return not self.needs.layers or self.needs.none * tokens <= self.room
 
 
-def _space(probe: "_Probe", wanted: int, length: int) -> _Space:
-    """Returns measurements of an example of `length` tokens and of two; fewer if `wanted` tokens fit at once as they
-    are. Moves the input embedding if layers would be recomputed.
+def _space(probe: "_Probe", load: Load, work: Work) -> _Space:
+    """Returns measurements of the longest example and of two; fewer if the step fits at once as it is. Moves the input
+    embedding if layers would be recomputed.
     """
-    evaluation, none = probe.evaluation() / length, probe.peak(0) / length
+    evaluation, none = probe.evaluation() / load.longest, probe.peak(0) / load.longest
     room = probe.room()  # after a pass, which frees what torch has reserved and nothing uses
     space = _Space(room, Needs(probe.objective.layers, none=none, evaluation=evaluation))
-    if space.holds(wanted):
+    if space.holds(load.step):
         return space
-    space = replace(space, needs=probe.needs(space.needs, length))
-    found = split(space.room, space.needs, wanted, length, unpacks=probe.unpacks)
+    space = replace(space, needs=probe.needs(space.needs, load.longest))
+    found = split(space.room, space.needs, load, unpacks=probe.unpacks, usual=work.usual)
     if (found is None or found.recompute) and embeddings.move_to_host(probe.objective):
-        return _space(probe, wanted, length)  # with the passes that did not fit before
+        return _space(probe, load, work)  # with the passes that did not fit before
     log.info("%.1f MiB for activations; bytes: %s", space.room / 2**20, space.needs)
     return space
 
 
-def _fastest(probe: "_Probe", space: _Space, wanted: int, length: int, *, is_step: bool) -> Split | None:
-    """Returns the fastest split that fits. `is_step`: the `wanted` tokens are those of a whole step."""
-    needs = space.needs
-    found = split(space.room, needs, wanted, length, unpacks=probe.unpacks)
-    if space.holds(wanted) or not probe.is_full or not is_step:
+def _fastest(probe: "_Probe", space: _Space, load: Load, work: Work, *, is_step: bool) -> Split | None:
+    """Returns the fastest split that fits. `is_step`: the load is a whole step."""
+    needs, tokens = space.needs, load.step
+    found = split(space.room, needs, load, unpacks=probe.unpacks, usual=work.usual)
+    if space.holds(tokens) or not probe.is_full or not is_step:
         return found
-    whole = whole_step(needs.layers, wanted, lambda recompute: probe.step_fits(recompute, wanted, needs.evaluation))
-    return fastest((found, whole), needs.layers, unpacks=probe.unpacks)
+    whole = whole_step(needs.layers, tokens, lambda recompute: probe.step_fits(recompute, tokens, needs.evaluation))
+    return fastest((found, whole), needs.layers, work.usual, unpacks=probe.unpacks)
 
 
-def _recorded(probe: "_Probe", space: _Space, found: Split, work: Work, length: int) -> Split | None:
+def _recorded(probe: "_Probe", space: _Space, found: Split, load: Load, work: Work) -> Split | None:
     """Returns the fastest split whose passes are recorded, in place of `found`; None if they gain nothing from it or
     do not fit beside the recordings.
     """
     objective = probe.objective
     limit = most_tokens(objective)
-    chosen = split_recorded(space.room, space.needs, found, limit, length, unpacks=probe.unpacks)
+    chosen = split_recorded(space.room, space.needs, found, limit, load, unpacks=probe.unpacks, usual=work.usual)
     if chosen is None:
         return None
     objective.recompute(chosen.recompute, offload=chosen.offload)
