@@ -10,7 +10,7 @@ import pytest
 _SERVICE = ("boto3", "psycopg", "pydantic_settings", "redis", "sqlalchemy")
 _INSTALLED = all(find_spec(name) for name in _SERVICE)
 
-pytest_plugins = ("scheduling", *(("services", "receiver", "seaweed") if _INSTALLED else ()))
+pytest_plugins = ("frozen_heap", "scheduling", *(("services", "receiver", "seaweed") if _INSTALLED else ()))
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
