@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from worker.trainer import children
+from worker.trainer import children, imports
 from worker.trainer.children import Children
 from worker.trainer.report import MessageWriter
 from worker.trainer.stop_signal import StopSignal
@@ -36,7 +36,8 @@ def main() -> int:
         with suppress(OSError):  # the run begins those that are missing, and reports why it cannot
             others.make_ready(world)
     # Only now: these imports take seconds, and may print.
-    from worker.trainer.process import carry_out_and_report
+    with imports.quickly():
+        from worker.trainer.process import carry_out_and_report
 
     folder = _wait_for_folder(how) if how in WAITING else Path(how)
     return 0 if folder is None else carry_out_and_report(folder, pipe, stop_signal, others)

@@ -9,6 +9,7 @@ from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.server.answer import Answer
 from worker.server.schemas import ChatRequest
+from worker.trainer import imports
 
 
 class Backend(Protocol):
@@ -60,9 +61,10 @@ Make = Callable[[Settings, Storage, str], Backend]
 
 
 def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
-    from transformers.utils.logging import disable_progress_bar
+    with imports.quickly():
+        from transformers.utils.logging import disable_progress_bar
 
-    from worker.server.backends.embedded import Engine  # imports torch
+        from worker.server.backends.embedded import Engine  # imports torch
 
     disable_progress_bar()
     return Engine(
