@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx2
 
-from bench import make_model, service
+from bench import service
 from tunery import db
 from tunery.jobs import quoting
 from tunery.jobs.model import Job
@@ -126,6 +126,8 @@ def compare(what: str, job: Job, record: Record, calibration: Record) -> dict[st
 def _made(home: str, shape: str) -> Path | None:
     if not shape:
         return None
+    from bench import make_model  # imports torch
+
     make_model.make(Path(home) / shape, shape)
     return Path(home) / shape
 
