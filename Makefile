@@ -114,8 +114,10 @@ format: setup ## Format every file
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Two tests at once have a core each.
+# Two tests at once have a core each. Without bytecode, as images often want it, each of their some hundred programs
+# would compile the project's modules again.
 test test-slow: export OMP_NUM_THREADS = 1
+test test-slow: export PYTHONDONTWRITEBYTECODE =
 
 test: setup ## Run the tests: real PostgreSQL, Valkey, workers and training, no Docker, no GPU
 	$(PYTEST) -n 2 -m 'not slow and not gpu and not vllm' --durations=10
