@@ -36,7 +36,7 @@ from api.routes import (
 from api.schemas import base
 from api.web import docs
 from tunery import db, plugins
-from tunery.settings import Settings, get_settings, settings_or_exit
+from tunery.settings import Settings, ending_if_wrong, get_settings, settings_or_exit
 from tunery.storage import open_storage
 
 DESCRIPTION = """
@@ -86,7 +86,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.settings = settings
-    app.state.storage = open_storage(settings)
+    with ending_if_wrong():
+        app.state.storage = open_storage(settings)
     app.state.sessions = _sessions(settings)
     app.state.open_requests = Counter()  # by project: see api.metering
     for module in ROUTERS:

@@ -5,6 +5,7 @@ A value may be a secret, or a URL with a password.
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from pydantic_core import ErrorDetails
 
@@ -30,6 +31,18 @@ def _variable(place: tuple[int | str, ...]) -> str:
     """Returns the variable at a fault's place; nothing for a fault of several settings, which names them itself."""
     name = str(place[0]) if place else ""
     return name if not name or name.isupper() else f"{PREFIX}{name.upper()}"
+
+
+@contextmanager
+def making_folder(setting: str) -> Iterator[None]:
+    """Raises WrongSettings where the block cannot create the directory that `setting` names."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a ValueError: a null character in the path
+        where = f"'{error.filename}': " if isinstance(error, OSError) and error.filename else ""
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        needed = "should name a directory that this service can create and write to"
+        raise WrongSettings(lines=f"{PREFIX}{setting.upper()} {needed} ({where}{reason}).") from error
 
 
 def misspelt(variables: Iterable[str], settings: Sequence[str]) -> Iterator[str]:

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -256,10 +258,24 @@ def get_settings() -> Settings:
     return read_settings()
 
 
+def make_folders(settings: Settings, *names: str) -> None:
+    """Creates the directories of these settings, of which a service needs a few. Raises WrongSettings."""
+    for name in names:
+        with setting_errors.making_folder(name):
+            getattr(settings, name).mkdir(parents=True, exist_ok=True)
+
+
 def settings_or_exit() -> Settings:
     """Returns the settings of a service that starts. Wrong ones end it with status 2 and a line for each."""
-    try:
+    with ending_if_wrong():
         return get_settings()
+
+
+@contextmanager
+def ending_if_wrong() -> Iterator[None]:
+    """Ends a service that starts with status 2 and the message of a WrongSettings, without a traceback."""
+    try:
+        yield
     except WrongSettings as error:
         sys.stderr.write(f"Error: {error.message}\n")
         sys.exit(2)

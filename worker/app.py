@@ -16,7 +16,7 @@ from billiard.process import current_process
 from celery import Celery, signals
 
 from tunery import dispatch, plugins
-from tunery.settings import get_settings, settings_or_exit
+from tunery.settings import ending_if_wrong, get_settings, make_folders, settings_or_exit
 from tunery.storage import open_storage
 from worker.poller import Poller
 from worker.pollers import start_pollers
@@ -98,9 +98,10 @@ def _or_end(leave: Callable[[str], object]) -> Iterator[None]:
 def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:
     """Finds devices and loads plugins once, before the fork. Without `-c` there is one slot per GPU, or one in all."""
     settings = get_settings()
-    with _or_end(sys.exit):
+    with _or_end(sys.exit), ending_if_wrong():
         plugins.load(settings.plugins, "worker")
         open_storage(settings)
+        make_folders(settings, "models_dir", "runs_dir")
         if dispatch.TRAIN in str(options.get("queues") or ""):
             _HERE.devices = devices.found(settings.serve_gpu, settings.io_gpu)
     if not options.get("concurrency"):

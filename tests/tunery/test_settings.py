@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -139,3 +140,36 @@ def test_a_service_or_command_ends_with_status_2_and_a_line_for_each(command: tu
     lines = sorted(ended.stderr.removeprefix("Error: ").splitlines())
     assert [line.split()[0] for line in lines] == ["TUNERY_EXTERNAL_SECRET", "TUNERY_LEASE_SECONDS"]
     assert SECRET not in ended.stdout
+
+
+_API = ("uvicorn", "--factory", "api.main:create_app", "--port", "0")
+_WORKER = ("celery", "-A", "worker.app", "worker", "-Q", "io")
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(
+    ("command", "variable", "value"),
+    [
+        (_API, "TUNERY_STORAGE_URL", "file://{file}/objects"),
+        (_WORKER, "TUNERY_STORAGE_URL", "file://{file}"),
+        (_WORKER, "TUNERY_RUNS_DIR", "{file}"),
+        (_WORKER, "TUNERY_MODELS_DIR", "{file}/models"),
+        (("worker.server",), "TUNERY_STORAGE_URL", "file:///no%00directory"),
+        (("worker.server",), "TUNERY_MODELS_DIR", "{file}/models"),
+    ],
+)
+def test_a_directory_that_cannot_be_created_is_one_line(
+    command: tuple[str, ...], variable: str, value: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={**os.environ, variable: value.format(file=file)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"Error: {variable} should name a directory that this service can create and write to (")

@@ -6,7 +6,7 @@ event loop calls them in a thread. Memory stays constant whatever an object's si
 
 from pathlib import Path
 
-from tunery import urls
+from tunery import setting_errors, urls
 from tunery.settings import Settings
 from tunery.storage.bucket import Bucket, disposition
 from tunery.storage.directory import Directory
@@ -27,6 +27,12 @@ __all__ = [
 
 
 def open_storage(settings: Settings) -> Storage:
-    """Returns the storage that `settings.storage_url` names: file:///DIR or s3://BUCKET[/PREFIX]."""
+    """Returns the storage that `settings.storage_url` names: file:///DIR or s3://BUCKET[/PREFIX].
+
+    Raises WrongSettings if the directory cannot be created.
+    """
     place, prefix = urls.split_storage(settings.storage_url)
-    return Directory(Path(place)) if place.startswith("/") else Bucket(settings, place, prefix)
+    if not place.startswith("/"):
+        return Bucket(settings, place, prefix)
+    with setting_errors.making_folder("storage_url"):
+        return Directory(Path(place))

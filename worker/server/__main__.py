@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from tunery import plugins
-from tunery.settings import Settings, settings_or_exit
+from tunery.settings import Settings, ending_if_wrong, make_folders, settings_or_exit
 from tunery.storage import open_storage
 from worker.server.app import create_app
 from worker.server.backends import backend
@@ -34,7 +34,10 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; a name in a config must not start a search for more
     plugins.load(settings.plugins, "server")
     url = urlsplit(settings.server_url)
-    engine = backend.make(settings, open_storage(settings), device)
+    with ending_if_wrong():
+        make_folders(settings, "models_dir")
+        storage = open_storage(settings)
+    engine = backend.make(settings, storage, device)
     app = create_app(
         engine,
         places=settings.server_places,
