@@ -120,14 +120,17 @@ def _devices(session: Session) -> Iterator[str]:
     seen = {device.id for device in leases.devices(session, fresh_seconds=_SILENT_SECONDS)}
 
     def status(device: HostDevice) -> str:
-        if device.id not in seen:
+        is_stopped = device.stopped_at is not None and device.stopped_at > device.seen_at
+        if device.id not in seen and not is_stopped:
             return "silent"
-        return "busy" if (device.host, device.gpu_index) in busy else "free"
+        if (device.host, device.gpu_index) in busy:
+            return "busy"
+        return "stopped" if is_stopped else "free"
 
     yield from family(
         "tunery_devices",
         "gauge",
-        "Devices that training workers offered within the last hour: busy, free, or silent for five minutes.",
+        "Devices that training workers offered within the last hour: busy, free, stopped or silent for five minutes.",
         (
             (
                 {

@@ -133,7 +133,7 @@ def _drain(**_: object) -> None:
 def _wait_for_pollers(**_: object) -> None:
     """Waits for the pollers' own threads, whose runs must be saved; Celery waits for its tasks only."""
     for pollers in _HERE.pollers.values():
-        for poller in pollers:
+        for poller in reversed(pollers):  # the first may save a run for minutes, in which its devices fall silent
             poller.wait()
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from worker.supervisor.drain import Drain
 
@@ -17,10 +18,19 @@ class Poller:
     """
 
     def __init__(
-        self, name: str, look: Callable[[], bool], *, poll_seconds: float, drain: Drain, on_call: bool = True
+        self,
+        name: str,
+        look: Callable[[], bool],
+        *,
+        poll_seconds: float,
+        drain: Drain,
+        on_call: bool = True,
+        at_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_call` False: the work is due by the clock alone, and wake-ups are ignored."""
-        self.name, self.on_call = name, on_call
+        """`on_call` False: the work is due by the clock alone, and wake-ups are ignored. `at_stop`: called by `wait`
+        after the last look, if the worker was stopped.
+        """
+        self.name, self.on_call, self._at_stop = name, on_call, at_stop
         self._look, self._poll_seconds, self._drain = look, poll_seconds, drain
         self._wanted, self._bell, self._busy = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"tunery-{name}", daemon=True)
@@ -49,6 +59,9 @@ class Poller:
     def wait(self) -> None:
         """Waits until no thread is working and keeps any from starting again: for a worker that stops."""
         self._busy.acquire()
+        if self._drain.begun:  # else only this process ends, and Celery starts the next
+            with self._logged():
+                self._at_stop()
 
     def _run(self) -> None:
         while not self._drain.begun:
@@ -59,8 +72,13 @@ class Poller:
         threading.Event().wait()
 
     def _work_off(self) -> None:
-        try:
+        with self._logged():
             while not self._drain.begun and self._look():
                 pass
+
+    @contextmanager
+    def _logged(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:  # the next look may succeed: the database may have restarted, or a full disk have space again
             log.exception("the %s poller was interrupted", self._thread.name)

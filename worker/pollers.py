@@ -38,7 +38,7 @@ def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Devi
     # In a poller of its own, as the slot's work may take days: a device not shown for an hour counts as gone.
     return [
         Poller("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
-        Poller("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False),
+        Poller("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False, at_stop=slot.withdraw),
         _caches(settings, drain),
     ]
 

@@ -153,6 +153,36 @@ def test_devices_are_busy_while_an_attempt_holds_them(
     assert found['tunery_attempts_ended_total{outcome="lost"}'] == 1
 
 
+def test_devices_of_a_stopped_worker_are_not_silent(scrape: Callable[[], dict[str, float]], database: Database) -> None:
+    """An alert on silence would wake somebody at each upgrade."""
+
+    def statuses() -> dict[str, str]:
+        samples = [sample for sample in scrape() if sample.startswith("tunery_devices{")]
+        return {sample.split('"')[3]: sample.split('"')[7] for sample in samples}
+
+    def show(index: int) -> None:
+        device = HostDevice(
+            id=f"host/{index}", host="host", gpu_index=index, device="H200", memory_bytes=2**37, bf16=True
+        )
+        with database.sessions.begin() as session:
+            leases.show_device(session, device)
+
+    for index in range(3):
+        show(index)
+    with database.sessions.begin() as session:
+        rows.job(session, state=State.QUEUED)
+        rows.claim(session, gpus=(2,))
+        leases.withdraw_devices(session, ["host/0", "host/2"])
+    assert statuses() == {"0": "stopped", "1": "free", "2": "busy"}, "the stopped worker still saves a run"
+    with database.sessions.begin() as session:
+        old = timedelta(minutes=6)
+        times = {"seen_at": HostDevice.seen_at - old, "stopped_at": HostDevice.stopped_at - old}
+        session.execute(update(HostDevice).values(times))
+    assert statuses() == {"0": "stopped", "1": "silent", "2": "busy"}
+    show(0)
+    assert statuses()["0"] == "free", "another worker offers it, or the same one again"
+
+
 @pytest.mark.parametrize(("tries", "state"), [(2, "dropped"), (10, "failed")])
 def test_deliveries_that_nobody_wants_are_no_failures(
     scrape: Callable[[], dict[str, float]], database: Database, tries: int, state: str

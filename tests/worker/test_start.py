@@ -65,6 +65,17 @@ def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Worksh
     assert app.conf.worker_proc_alive_timeout > 60, "the setup of a slot may still take long"
 
 
+def test_a_worker_that_is_stopped_withdraws_its_devices(workshop: Workshop) -> None:
+    worker = workshop.start("train", **driver(workshop, fake_nvml.gpu("GPU-aaaa")))
+    workshop.until(lambda: _shown(workshop), "the device is shown")
+    worker.terminate()
+    worker.wait(60)
+    with workshop.session() as session:
+        (device,) = session.scalars(select(HostDevice))
+    assert device.stopped_at is not None
+    assert device.stopped_at > device.seen_at
+
+
 _BROKEN = """
 import worker.app
 

@@ -284,6 +284,12 @@ def show_device(session: Session, device: HostDevice) -> None:
     )
 
 
+def withdraw_devices(session: Session, ids: Collection[str]) -> None:
+    """Records that a worker which offered these devices was stopped. They stay known: it may be back in a minute."""
+    stopped = update(HostDevice).where(HostDevice.id.in_(ids)).values(stopped_at=func.clock_timestamp())
+    session.execute(stopped)
+
+
 def devices(session: Session, *, fresh_seconds: float = 3600) -> list[HostDevice]:
     """Returns the devices that workers have offered within the last `fresh_seconds`."""
     fresh = func.clock_timestamp() - timedelta(seconds=fresh_seconds)

@@ -222,7 +222,10 @@ class Checkpoint(Base):
 
 
 class HostDevice(Base):
-    """A device that a worker offers, as last seen. `gpu_index` null: the host's CPU."""
+    """A device that a worker offers, as last seen. `gpu_index` null: the host's CPU.
+
+    `stopped_at`: when a worker that was stopped last took it back; another worker of the host may have shown it since.
+    """
 
     __tablename__ = "devices"
 
@@ -233,3 +236,4 @@ class HostDevice(Base):
     memory_bytes: Mapped[int] = mapped_column(BigInteger)
     bf16: Mapped[bool] = mapped_column(default=True)
     seen_at: Mapped[datetime] = creation_time()
+    stopped_at: Mapped[datetime | None]

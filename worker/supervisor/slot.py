@@ -47,6 +47,11 @@ class Slot:
             for device in self._devices:
                 leases.show_device(session, devices.as_row(device))
 
+    def withdraw(self) -> None:
+        """Records that this worker was stopped, so that its devices do not count as fallen silent."""
+        with db.transaction() as session:
+            leases.withdraw_devices(session, [devices.as_row(device).id for device in self._devices])
+
     def look(self) -> bool:
         """Claims and runs one job, if there is one; returns whether to look again at once."""
         if self._drain.begun or not self._devices or not self._take_over():
