@@ -1,10 +1,10 @@
 """Decides what a cleaning does to each row, by the findings of a report."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunery.datasets.cleaning import conversations, redaction
+from tunery.datasets.cleaning import conversations, redaction, several
 from tunery.datasets.cleaning.order import IMPLAUSIBLE, OF_SEVERAL, TRUNCATED, Action, Cleaning
 from tunery.datasets.report import maker, mislabels, privacy, roles, texts, truncation
 from tunery.datasets.report.case import Ask, Case, Check, Finding
@@ -122,23 +122,9 @@ def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action],
             for line in finding.lines:
                 plan.drop(line, finding.kind, finding.why)
     _edit(plan, {line: found for line, found in edits.items() if line not in plan.dropped}, read_rows)
-    for kind in OF_SEVERAL:
-        keeps_one, gone = kind in actions and actions[kind].action == "keep_one", frozenset(plan.dropped)
-        for finding in due:
-            if finding.kind == kind:
-                _thin_out(plan, finding, plan.dropped if keeps_one else gone, keeps_one=keeps_one)
-    return len(plan.dropped) + len(plan.changes) > before
-
-
-def _thin_out(plan: Plan, finding: Finding, gone: Collection[int], *, keeps_one: bool) -> None:
-    """Drops the rows of a finding about several rows, except the first if one is kept. `gone`: rows that are dropped
-    already; where none is kept, not those of findings of the same kind, which may share a row."""
-    left = [line for line in finding.lines if line not in gone]
-    if len(left) < 2:
-        return
-    for line in left[1:] if keeps_one else left:
-        beside = left[0] if line != left[0] else left[1]
+    for line, finding, beside in several.surplus(due, actions, plan.dropped):
         plan.drop(line, finding.kind, f"{finding.why} The other: line {beside}.")
+    return len(plan.dropped) + len(plan.changes) > before
 
 
 def _edit(plan: Plan, edits: Mapping[int, list[Finding]], read_rows: ReadRows) -> None:

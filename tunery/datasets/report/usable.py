@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunery.datasets.cleaning.order import OF_SEVERAL, Action, Cleaning
+from tunery.datasets.cleaning.several import surplus
 from tunery.datasets.report.case import Finding
 from tunery.datasets.report.rows import Row
 
@@ -30,12 +31,8 @@ def left_out(findings: Sequence[Finding]) -> dict[int, str]:
     for finding in due:
         if finding.kind not in OF_SEVERAL:
             out.update({line: finding.kind for line in finding.lines if line not in out})
-    for kind in OF_SEVERAL:
-        keeps_one, gone = actions[kind].action == "keep_one", frozenset(out)
-        for finding in due:
-            left = [line for line in finding.lines if line not in (out if keeps_one else gone)]
-            if finding.kind == kind and len(left) > 1:
-                out.update({line: kind for line in left[keeps_one:] if line not in out})
+    for line, finding, _ in surplus(due, actions, out):
+        out.setdefault(line, finding.kind)
     return out
 
 
