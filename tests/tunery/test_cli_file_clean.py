@@ -57,6 +57,19 @@ def test_an_uploaded_file_is_cleaned_there(tunery: Run, api: str, database: Data
     assert (status != 0, "No row is left." in err) == (True, True), err
 
 
+def test_a_cleaning_that_fails_leaves_no_file(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    path, out = tmp_path / "train.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes(TRAIN)
+    file_id = tunery("files", "upload", path)[1].strip()
+    reason = "none begins on line 99"
+    (worker := threading.Timer(1, _work, (database, path, reason))).start()
+    status, _, err = tunery("files", "clean", file_id, "--drop-line", 99, "--held-out", 0.2, "-o", out)
+    worker.join()
+    assert (status, reason in err) == (1, True), err
+    assert not out.exists()
+    assert [file["id"] for file in json.loads(tunery("files", "list", "--json")[1])] == [file_id]
+
+
 def test_a_table_of_other_columns_is_cleaned_alike_here_and_there(
     tunery: Run, api: str, database: Database, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from tunery.cli.options import ColumnNames, connect, new_file, parse_columns
 from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such_file
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
 from tunery.datasets.rules import LEAST_EXAMPLES
+from tunery.errors import TuneryError
 
 _SHOWN = 5
 _NOTHING = (
@@ -123,17 +125,23 @@ def _clean_here(
 def _clean_there(
     api: ApiClient, file: str, target: Path | None, order: Cleaning, **others: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Cleans a file on the server, with copies at `target`; returns what was done and the new ids. Raises Refused."""
+    """Cleans a file on the server, with copies at `target`; returns what was done and the new ids.
+
+    Raises Refused, and removes the empty files of a cleaning that failed.
+    """
     body = order.model_dump(mode="json", exclude_defaults=True) | {key: id for key, id in others.items() if id}
     made = api.call("POST", f"/files/{file}/clean", json=body)["id"]
     with output.errors.status("waiting for a worker") as status:
         while (found := api.call("GET", f"/files/{made}"))["status"] == "uploaded":
             status.update(f"cleaning: {api.call('GET', f'/files/{made}/cleaning')['progress']:.0%}")
             time.sleep(POLL_SECONDS)
-    if found["status"] == "error":
-        raise Refused(message=found["status_details"])
     done = api.call("GET", f"/files/{made}/cleaning")
     new = [made] if done["held_out"] is None else [made, done["held_out"]]
+    if found["status"] == "error":
+        for id in new:
+            with suppress(TuneryError):  # the reason matters more
+                api.call("DELETE", f"/files/{id}")
+        raise Refused(message=found["status_details"])
     if target is not None:
         for id, path in zip(new, (target, _apart(target)), strict=False):
             api.download(f"/files/{id}/content", path)
