@@ -39,14 +39,14 @@ def test_the_distribution_of_quotes_errors_is_a_histogram(team: Team, database: 
     answer = client.get("/metrics", headers={"authorization": f"Bearer {secret}"})
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     lines = answer.text.splitlines()
-    name = "tunery_job_seconds_over_quoted"
+    name = "tunery_job_actual_to_quoted_ratio"
     for bucket, count in {"0.9": 0, "1": 1, "1.1": 2, "1.2": 3, "2": 3, "4": 4, "+Inf": 4}.items():
         assert f'{name}_bucket{{speed_from="same",le="{bucket}"}} {count}' in lines
     assert f'{name}_sum{{speed_from="same"}} 6.2' in lines
     assert f'{name}_count{{speed_from="same"}} 4' in lines
     assert f'{name}_bucket{{speed_from="estimated",le="4"}} 0' in lines
-    assert 'tunery_jobs_in_quoted_range{speed_from="same"} 3' in lines
-    assert 'tunery_jobs_in_quoted_range{speed_from="estimated"} 0' in lines
+    assert 'tunery_jobs_in_quoted_range_total{speed_from="same"} 3' in lines
+    assert 'tunery_jobs_in_quoted_range_total{speed_from="estimated"} 0' in lines
     assert sum("quoted" in line for line in lines) == 4 + 2 * 13 + 2
 
 
@@ -74,6 +74,9 @@ def _samples(lines: list[str]) -> dict[str, float]:
         elif line.startswith("# TYPE "):
             assert line.split()[2] == family
             kind = line.split()[3]
+            # https://prometheus.io/docs/practices/naming/
+            assert family.endswith("_total") == (kind == "counter"), line
+            assert kind != "histogram" or family.endswith(("_seconds", "_ratio")), line
         else:
             sample, _, value = line.rpartition(" ")
             suffix = sample.partition("{")[0].removeprefix(family)

@@ -10,8 +10,8 @@ from tunery.jobs.model import Job
 
 BUCKETS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 4.0)
 """Bounds of the ratio of a run's seconds to the quoted ones: 0.8 to 1.2 is at most 20 % off."""
-NAME = "tunery_job_seconds_over_quoted"
-IN_RANGE = "tunery_jobs_in_quoted_range"
+NAME = "tunery_job_actual_to_quoted_ratio"
+IN_RANGE = "tunery_jobs_in_quoted_range_total"
 
 
 def lines(session: Session) -> Iterator[str]:
