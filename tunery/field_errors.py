@@ -103,9 +103,11 @@ def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
     if path.startswith("technique.") and isinstance(body, dict):
         kind = body["technique"].get("type")
         knob = path.partition(".")[2]
-        if kind == "full" and suggestion != "technique.weights_dtype":
+        of_another = known is not None and path in _paths(known)
+        means_another = suggestion.startswith("technique.") and suggestion != "technique.weights_dtype"
+        if kind == "full" and (of_another or means_another):
             return f"A full fine-tune has no '{knob}': remove '{path}', or set technique.type to 'lora' or 'qlora'."
-        if kind == "lora" and not suggestion.startswith("technique."):
+        if kind == "lora" and of_another:
             return f"LoRA has no '{knob}': remove '{path}' (see /docs for its settings; 'qlora' has more)."
     if path.startswith("columns.") and (parts := _parts(known)):
         return _unknown_part(path.partition(".")[2], parts)

@@ -77,6 +77,18 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({**JOB, "technique": {"type": "lora", "rank": 8}}, "technique.rank", "Did you mean 'technique.r'?"),
     ({**JOB, "technique": {"type": "full", "rank": 8}}, "technique.rank", "A full fine-tune has no 'rank'"),
+    *(
+        ({**JOB, "technique": {"type": kind, name: 1}}, f"technique.{name}", f"Did you mean '{meant}'?")
+        for kind in ("full", "lora", "qlora")
+        for name, meant in (
+            ("learning_rate", "learning_rate"),
+            ("lr", "learning_rate"),
+            ("epochs", "method.supervised.hyperparameters.n_epochs"),
+            ("warmup_ratio", "schedule.warmup_ratio"),
+        )
+    ),
+    ({**JOB, "technique": {"type": "lora", "no": 1}}, "technique.no", "Remove it, or check its spelling"),
+    ({**JOB, "technique": {"type": "full", "no": 1}}, "technique.no", "Remove it, or check its spelling"),
     ({**JOB, "sufix": "x"}, "sufix", "Did you mean 'suffix'?"),
     ({**JOB, "test_file": "file-x"}, "test_file", "Did you mean 'evaluation.test_file'?"),
     ({**JOB, "epochs": 2}, "epochs", "Did you mean 'method.supervised.hyperparameters.n_epochs'?"),
