@@ -561,10 +561,10 @@ def test_a_project_its_keys_and_their_end(tunery: Run, database: Database) -> No
     assert second not in listed
     assert second[:10] in listed
     id = next(line.split()[0] for line in listed.splitlines() if " ci " in line)
-    assert tunery("keys", "revoke", id) == (0, f"✓ {id} revoked\n", "")
+    assert tunery("keys", "revoke", id, "--yes") == (0, f"✓ {id} revoked\n", "")
     with database.sessions() as session, pytest.raises(Exception, match="revoked"):
         auth.authenticate(session, second)
-    assert tunery("projects", "revoke", "web")[0] == 0
+    assert tunery("projects", "revoke", "web", "--yes")[0] == 0
     with database.sessions() as session, pytest.raises(Exception, match="revoked"):
         auth.authenticate(session, first)
 
@@ -668,12 +668,13 @@ def test_deleting_asks_first(tunery: Run, api: str, database: Database, monkeypa
     with database.sessions.begin() as session:
         registry.add_alias(session, "gpt-4o", rows.base(session, "tiny"))
         owner = projects.find_project(session, "default")
-        file = rows.file(session, owner).id
+        stored = rows.file(session, owner)
+        file, name = stored.id, stored.filename
         tuned = rows.job(session, owner, State.SUCCEEDED, base_model="tiny").tuned_model
     endpoint = tunery("webhooks", "create", "https://example.com/hook")[2].split()[0]
     deleting = {
-        ("files", "delete", file): f"Permanently delete {file}? [y/N]:",
-        ("webhooks", "delete", endpoint): f"Permanently delete {endpoint}? [y/N]:",
+        ("files", "delete", file): f"Permanently delete {name} ({file})? [y/N]:",
+        ("webhooks", "delete", endpoint): f"Permanently delete https://example.com/hook ({endpoint})? [y/N]:",
         ("models", "delete", tuned, "gpt-4o"): f"Permanently delete {tuned} (tuned) and gpt-4o (alias of tiny)? [y/N]:",
         ("models", "delete", "tiny"): "Permanently delete the base tiny, which all projects share? [y/N]:",
     }
@@ -691,6 +692,56 @@ def test_deleting_asks_first(tunery: Run, api: str, database: Database, monkeypa
         names = command[2:]
         status, out, _ = tunery(*command)
         assert (status, out.strip().splitlines()) == (0, [f"✓ {name} deleted" for name in names])
+
+
+def test_what_is_missing_is_said_before_a_question(
+    tunery: Run, api: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with database.sessions.begin() as session:
+        owner = projects.find_project(session, "default")
+        file = rows.file(session, owner).id
+        job = rows.job(session, owner, State.SUCCEEDED)
+        withheld = str(job.tuned_model)
+        session.get_one(Model, withheld).withheld = True
+    for command in (
+        ("files", "delete", file, "file-nowhere"),
+        ("webhooks", "delete", "we_nowhere"),
+        ("models", "delete", "nowhere"),
+        ("keys", "revoke", "key_nowhere"),
+        ("projects", "revoke", "nowhere"),
+    ):
+        status, _, err = tunery(*command)
+        assert status == 1
+        assert f"'{command[-1]}'" in err
+        assert "ermanently" not in err
+    assert tunery("files", "show", file)[0] == 0
+    assert f"Permanently delete {withheld} (withheld)?" in tunery("models", "delete", withheld)[2]
+
+
+def test_revoking_asks_first(tunery: Run, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tunery("projects", "create", "web")[1].splitlines()[-1]
+    with database.sessions() as session:
+        project = projects.find_project(session, "web")
+        (key,) = auth.list_keys(session, project)
+    revoking = {
+        ("keys", "revoke", key.id): f"Permanently revoke the key 'first key' ({key.prefix}...) of the project web?",
+        ("projects", "revoke", "web"): f"Permanently revoke all keys of the project web ({project.id})?",
+    }
+    for command, question in revoking.items():
+        for answer in ("n\n", ""):
+            monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+            status, out, err = tunery(*command)
+            assert (status, out.strip()) == (1, "")
+            assert f"{question} [y/N]:" in err
+        assert "Nothing was revoked, as nobody confirmed it. Pass --yes to skip the question." in err
+        with database.sessions() as session:
+            assert auth.authenticate(session, secret).project_id == project.id
+    for command in revoking:
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+        assert tunery(*command)[0] == 0
+    with database.sessions() as session, pytest.raises(Exception, match="revoked"):
+        auth.authenticate(session, secret)
 
 
 def test_erasing_a_project_asks_first_and_says_what_it_removed(

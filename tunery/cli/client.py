@@ -22,6 +22,11 @@ class Refused(TuneryError):
 
     code = "refused"
 
+    @property
+    def of_api(self) -> str | None:
+        """The code of the API's error, if it is one."""
+        return self.fields.get("of_api")
+
 
 class NoAnswer(TuneryError):
     """No answer from {url} ({reason}). Start the API on this machine with `tunery up`, or set TUNERY_API_URL to its
@@ -112,11 +117,13 @@ def _explained(url: str) -> Iterator[None]:
 def _check(answer: httpx2.Response) -> None:
     if answer.is_success:
         return
+    code = None
     try:
-        message = answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        message, code = error["message"], error.get("code")
     except (ValueError, KeyError, TypeError):
         message = (
             f"{answer.request.url} answered {answer.status_code}, which is not a response of Tunery. Check "
             "TUNERY_API_URL or --api-url."
         )
-    raise Refused(message=message)
+    raise Refused(message=message, of_api=code)

@@ -10,7 +10,7 @@ import typer
 from tunery import ids
 from tunery.cli import clean, file_check, output, preview
 from tunery.cli.client import ApiClient
-from tunery.cli.options import AsJson, ColumnNames, Limit, Yes, connect, delete_each, new_file, parse_columns
+from tunery.cli.options import AsJson, ColumnNames, Limit, Yes, connect, delete_found, new_file, parse_columns
 from tunery.cli.report import fetch as fetch_report
 from tunery.cli.report import make as make_report
 from tunery.cli.report import no_such_file, print_report
@@ -206,4 +206,4 @@ def report(
 @app.command()
 def delete(context: typer.Context, files: list[str], yes: Yes = False) -> None:
     """Delete files that no unfinished job uses."""
-    delete_each(connect(context), {file: f"/files/{file}" for file in files}, ", ".join(files), yes=yes)
+    delete_found(connect(context), "/files", files, named_by="filename", yes=yes)

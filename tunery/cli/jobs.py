@@ -273,7 +273,8 @@ def publish(
     output.done(str(found["fine_tuned_model"]))
 
 
-_deed("cancel", "Cancel a job.")
+# Without a question: files and the checkpoints of finished epochs stay, and who cancels wants the device back at once.
+_deed("cancel", "Cancel a job: its files and checkpoints are kept, but it cannot be resumed, as after `pause`.")
 _deed("pause", "Pause a job: its state is saved and its worker freed.")
 _deed("resume", "Resume a paused job.")
 for command in (reruns.rerun, reruns.reproduce, reruns.reproduction):

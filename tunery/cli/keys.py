@@ -165,8 +165,12 @@ def list_projects(context: typer.Context) -> None:
 
 
 @project_commands.command("revoke")
-def revoke_project(context: typer.Context, name: str) -> None:
+def revoke_project(context: typer.Context, name: str, yes: Yes = False) -> None:
     """Revoke all keys of a project at once. Its files, jobs and models are kept."""
+    with _transaction(context) as session:
+        project = projects.find_project(session, name)
+        named = f"{project.name} ({project.id})"
+    confirm(f"Permanently revoke all keys of the project {named}?", yes=yes, undone="revoked")
     with _transaction(context) as session:
         projects.revoke_project(session, projects.find_project(session, name))
     output.done(f"project {name} revoked")
@@ -241,9 +245,17 @@ def list_keys(context: typer.Context, project: Project = "default") -> None:
 
 @key_commands.command("revoke")
 def revoke_key(
-    context: typer.Context, key: Annotated[str, typer.Argument(help="The key's id (key_...), not the key itself.")]
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(help="The key's id (key_...), not the key itself.")],
+    yes: Yes = False,
 ) -> None:
     """Revoke a key with immediate effect."""
+    with _transaction(context) as session:
+        found = auth.find_key(session, key)
+        named = (
+            f"'{found.name}' ({found.prefix}...) of the project {session.get_one(ProjectRow, found.project_id).name}"
+        )
+    confirm(f"Permanently revoke the key {named}?", yes=yes, undone="revoked")
     with _transaction(context) as session:
         auth.revoke_key(session, key)
     output.done(f"{key} revoked")

@@ -12,6 +12,7 @@ from tunery.cli import adapters, downloads, output, summary
 from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import AsJson, ColumnNames, Yes, connect, delete_each, parse_columns
 from tunery.local.terminal import size
+from tunery.models.errors import ModelWithheld
 from tunery.spec import Columns, named_columns
 
 app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
@@ -274,8 +275,18 @@ def delete(context: typer.Context, models: list[str], yes: Yes = False) -> None:
 
 
 def _described(api: ApiClient, models: list[str]) -> Iterator[str]:
-    """Yields what each name stands for, as bases are shared by all projects. Withheld models are not listed."""
+    """Yields what each name stands for, as bases are shared by all projects. Raises Refused for one that is missing."""
     kinds = {model["id"]: _kind(model) for model in api.call("GET", "/models", params={"status": "any"})["data"]}
     for model in models:
-        kind = kinds.get(model, "model")
+        kind = kinds.get(model) or _unlisted(api, model)
         yield f"the base {model}, which all projects share" if kind == "base" else f"{model} ({kind})"
+
+
+def _unlisted(api: ApiClient, model: str) -> str:
+    """Returns the kind of a model that the list leaves out, as a withheld one. Raises Refused if there is none."""
+    try:
+        return _kind(api.call("GET", downloads.model_route(model)))
+    except Refused as error:
+        if error.of_api != ModelWithheld.code:
+            raise
+    return "withheld"

@@ -1,6 +1,6 @@
 """Options that several commands share, and their values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +59,9 @@ def parse_columns(text: str | None) -> Columns | None:
         raise typer.BadParameter(f"--columns: {error.message}") from None
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Asks before something is deleted, unless `yes`. Ends the command if the answer is no.
+def confirm(question: str, *, yes: bool, undone: str = "deleted") -> None:
+    """Asks before something is deleted, or another thing that is `undone`, unless `yes`. Ends the command if the answer
+    is no.
 
     Raises Refused where nobody can answer.
     """
@@ -71,10 +72,20 @@ def confirm(question: str, *, yes: bool) -> None:
     except typer.Abort:
         output.errors.print()  # ends the line of the question
         raise client.Refused(
-            message="Nothing was deleted, as nobody confirmed it. Pass --yes to skip the question."
+            message=f"Nothing was {undone}, as nobody confirmed it. Pass --yes to skip the question."
         ) from None
     if not agreed:
         raise typer.Abort
+
+
+def delete_found(api: client.ApiClient, folder: str, ids: Sequence[str], *, named_by: str, yes: bool) -> None:
+    """Deletes objects of one route, as `delete_each` does, if all exist. Their field `named_by` is what a person knows.
+
+    Raises Refused before anything is deleted if one does not exist.
+    """
+    routes = {id: f"{folder}/{id}" for id in ids}
+    named = [f"{api.call('GET', route)[named_by]} ({id})" for id, route in routes.items()]
+    delete_each(api, routes, ", ".join(named), yes=yes)
 
 
 def delete_each(api: client.ApiClient, routes: Mapping[str, str], named: str, *, yes: bool) -> None:

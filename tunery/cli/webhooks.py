@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tunery.cli import output
-from tunery.cli.options import AsJson, Limit, Yes, connect, delete_each
+from tunery.cli.options import AsJson, Limit, Yes, connect, delete_found
 
 app = typer.Typer(no_args_is_help=True, help="Endpoints that receive events, such as a job's end.")
 ROOT = "/webhook_endpoints"
@@ -125,4 +125,4 @@ def rotate(
 @app.command()
 def delete(context: typer.Context, endpoints: list[str], yes: Yes = False) -> None:
     """Delete endpoints."""
-    delete_each(connect(context), {id: f"{ROOT}/{id}" for id in endpoints}, ", ".join(endpoints), yes=yes)
+    delete_found(connect(context), ROOT, endpoints, named_by="url", yes=yes)

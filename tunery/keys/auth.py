@@ -72,11 +72,17 @@ def list_keys(session: Session, project: Project) -> list[Key]:
     return list(session.scalars(select(Key).where(Key.project_id == project.id).order_by(Key.created_at)))
 
 
-def revoke_key(session: Session, key_id: str) -> Key:
-    """Revokes a key from the next request on. Raises NotFound."""
+def find_key(session: Session, key_id: str) -> Key:
+    """Returns a key by its id. Raises NotFound."""
     key = session.get(Key, key_id)
     if key is None:
         raise NotFound(kind="key", id=key_id)
+    return key
+
+
+def revoke_key(session: Session, key_id: str) -> Key:
+    """Revokes a key from the next request on. Raises NotFound."""
+    key = find_key(session, key_id)
     key.revoked_at = key.revoked_at or func.now()
     session.flush()
     return key
