@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, StrictBool
 
 from api.schemas.base import Body, Deleted, ResponseBody, maybe_seconds, seconds
-from tunery.webhooks import signing
+from tunery.webhooks import model, signing
 from tunery.webhooks.deliveries import Delivered
 from tunery.webhooks.messages import EVENT_TYPES
 from tunery.webhooks.model import WebhookEndpoint
@@ -127,6 +127,11 @@ class DeliveryTry(ResponseBody):
     status_code: int | None = Field(description="The receiver's; null if there was no response")
     error: str | None
 
+    @classmethod
+    def of(cls, row: model.DeliveryTry) -> "DeliveryTry":
+        lasted = None if row.seconds is None else round(row.seconds, 3)
+        return cls(at=seconds(row.at), seconds=lasted, status_code=row.status_code, error=row.error)
+
 
 class About(ResponseBody):
     id: str = Field(description="The job, file or baseline")
@@ -150,10 +155,6 @@ class WebhookDelivery(ResponseBody):
     @classmethod
     def of(cls, found: Delivered) -> "WebhookDelivery":
         row = found.delivery
-        tries = [
-            DeliveryTry(at=seconds(one.at), seconds=one.seconds, status_code=one.status_code, error=one.error)
-            for one in found.tries
-        ]
         return cls(
             id=row.id,
             created_at=seconds(row.created_at),
@@ -162,7 +163,7 @@ class WebhookDelivery(ResponseBody):
             status=row.state,
             next_try_at=maybe_seconds(row.next_try_at),
             finished_at=maybe_seconds(row.finished_at),
-            tries=tries,
+            tries=[DeliveryTry.of(one) for one in found.tries],
         )
 
 

@@ -762,7 +762,7 @@ def test_erasing_a_project_asks_first_and_says_what_it_removed(
     status, out, err = tunery("projects", "erase", "doomed", "--yes")
     assert (status, err) == (0, "")
     assert "erased" in out
-    assert "7 rows and 1 objects removed" in " ".join(out.split())
+    assert "7 rows and 1 object removed" in " ".join(out.split())
     assert len(list(storage.list("files/"))) == 1
     assert "other" in tunery("projects", "list")[1]
     assert "There is no project 'doomed'" in tunery("projects", "erase", "doomed", "--yes")[2]

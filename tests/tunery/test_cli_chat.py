@@ -123,10 +123,8 @@ def test_requests_are_kept_rated_and_made_into_a_file(
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     status, _, err = tunery("captures", "stop", BASE)
     assert status == 1
-    assert f"Permanently delete 1 captured requests to {BASE}, with their feedback? [y/N]:" in err
-    assert (
-        tunery("captures", "stop", BASE, "--yes")[1] == f"✓ requests to {BASE} are no longer captured; 1 were deleted\n"
-    )
+    assert f"Permanently delete 1 captured request to {BASE}, with their feedback? [y/N]:" in err
+    assert tunery("captures", "stop", BASE, "--yes")[1] == f"✓ requests to {BASE} are no longer captured; deleted: 1\n"
     status, _, err = tunery("captures", "file", BASE)
     assert status == 1
     assert "No captured request" in err
@@ -148,7 +146,10 @@ def test_an_endpoint_from_creation_to_deletion(
         endpoint = err.split()[0]
         listed = tunery("webhooks", "list")[1]
         assert endpoint in listed
-        assert "succeeded, failed, cancelled" in listed
+        assert " all " in listed
+        tunery("webhooks", "create", f"{receiver.url}/other", "--event", "fine_tuning.job.failed")
+        (few,) = (line for line in tunery("webhooks", "list")[1].splitlines() if "/other" in line)
+        assert few.split()[-2] == "failed"
         assert json.loads(tunery("webhooks", "show", endpoint)[1])["name"] == "ours"
         assert tunery("webhooks", "test", endpoint)[:2] == (0, "✓ the receiver answered 200\n")
         assert len(receiver.on("/hook")) == 1

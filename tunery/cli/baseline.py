@@ -139,9 +139,10 @@ def print_baseline(made: dict[str, Any]) -> None:
     rows = [Row.model_validate(row) for row in made["table"]]
     print_table(rows, made["currency"])
     if made["left_out"]:
-        output.console.print(
-            Text(f"{made['left_out']} examples were excluded: an eval row asks the same.", style="dim")
+        excluded = (
+            f"{output.counted(made['left_out'], 'example')} {'was' if made['left_out'] == 1 else 'were'} excluded"
         )
+        output.console.print(Text(f"{excluded}: an eval row asks the same.", style="dim"))
     if (target := made["target"]) is not None:
         found = None if made["cheapest"] is None else Row.model_validate(made["cheapest"])
         output.console.print(Text(verdict.of_target(target["at_least"], found).text), soft_wrap=True)

@@ -22,14 +22,14 @@ def start(
 ) -> None:
     """Capture the project's requests to a model from now on, with personal data redacted."""
     found = connect(context).call("POST", _route(model), json={"keep_days": keep_days})
-    output.done(f"requests to {found['model']} are captured and kept for {found['keep_days']} days")
+    output.done(f"requests to {found['model']} are captured and kept for {_days(found)}")
 
 
 @app.command("show")
 def show_capture(context: typer.Context, model: Model) -> None:
     """Count the captured, rated and corrected requests."""
     found = connect(context).call("GET", _route(model))
-    kept = f"for {found['keep_days']} days" if found["enabled"] else "no"
+    kept = f"for {_days(found)}" if found["enabled"] else "no"
     counts = ((name, found[name]) for name in ("requests", "good", "bad", "corrected"))
     output.fields((("kept", kept), *((name, str(count)) for name, count in counts)))
 
@@ -59,9 +59,10 @@ def stop(context: typer.Context, model: Model, yes: Yes = False) -> None:
     """Stop capturing, and delete what was captured."""
     api = connect(context)
     if count := api.call("GET", _route(model))["requests"]:
-        confirm(f"Permanently delete {count} captured requests to {model}, with their feedback?", yes=yes)
+        requests = output.counted(count, "captured request")
+        confirm(f"Permanently delete {requests} to {model}, with their feedback?", yes=yes)
     found = api.call("DELETE", _route(model))
-    output.done(f"requests to {found['model']} are no longer captured; {found['removed']} were deleted")
+    output.done(f"requests to {found['model']} are no longer captured; deleted: {found['removed']}")
 
 
 @app.command()
@@ -92,6 +93,10 @@ def make_file(
     body: dict[str, Any] = {"format": format, **({"answers": answers} if answers else {})}
     found = connect(context).call("POST", f"{_route(model)}/files", json=body)
     output.console.print(found["id"], soft_wrap=True)
+
+
+def _days(capture: dict[str, Any]) -> str:
+    return output.counted(capture["keep_days"], "day")
 
 
 def _said(one: dict[str, Any]) -> str:

@@ -164,7 +164,8 @@ def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -
     output.console.print(
         Text.assemble(
             (name, "bold"),
-            f" has {counts['rows']:,} rows: {counts['dropped']:,} dropped, {counts['changed']:,} changed, ",
+            f" has {output.counted(counts['rows'], 'row')}: ",
+            f"{counts['dropped']:,} dropped, {counts['changed']:,} changed, ",
             (written[0], "bold"),
             f" has {counts['kept']:,}",
             f", {written[1]} {counts['held_out']:,}." if counts["held_out"] else ".",
@@ -172,7 +173,8 @@ def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -
         soft_wrap=True,
     )
     if counts["kept"] < LEAST_EXAMPLES:
-        said = f"{written[0]} has {counts['kept']} rows, but a training file needs at least {LEAST_EXAMPLES}: add rows."
+        kept = output.counted(counts["kept"], "row")
+        said = f"{written[0]} has {kept}, but a training file needs at least {LEAST_EXAMPLES}: add rows."
         output.errors.print(said, soft_wrap=True, markup=False)
     output.console.print()
     kinds = sorted(done["kinds"].items(), key=lambda item: -sum(item[1].values()))

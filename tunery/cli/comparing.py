@@ -50,4 +50,4 @@ def _text(answer: dict[str, Any]) -> Text:
 
 def _counts(answer: dict[str, Any]) -> Text:
     cut = ", cut by the token limit" if answer["finish_reason"] == "length" else ""
-    return Text(f"{answer['completion_tokens']} tokens{cut}", style="dim")
+    return Text(f"{output.counted(answer['completion_tokens'], 'token')}{cut}", style="dim")

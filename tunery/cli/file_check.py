@@ -25,7 +25,7 @@ def print_verdict(path: Path, found: Verdict) -> None:
     if found.reason is not None:
         output.errors.print(f"{path}: {found.reason}", soft_wrap=True, markup=False)
         return
-    said = f"{path}: {found.format}; {found.shape}; {found.examples} examples"
+    said = f"{path}: {found.format}; {found.shape}; {output.counted(found.examples, 'example')}"
     output.console.print(said, soft_wrap=True, markup=False)
     for warning in found.warnings:
         output.errors.print(f"{path}: {warning}", soft_wrap=True, markup=False)

@@ -197,7 +197,8 @@ def erase_project(
         rows = sum(erasure.contents(session, project.id).values())
     with _transaction(context):
         objects = erasure.erase(storage, project.id)
-    output.done(f"project {project.name} ({project.id}) erased: {rows} rows and {objects} objects removed")
+    removed = f"{output.counted(rows, 'row')} and {output.counted(objects, 'object')} removed"
+    output.done(f"project {project.name} ({project.id}) erased: {removed}")
 
 
 def _has_ended(context: typer.Context, project_id: str) -> bool:

@@ -49,6 +49,11 @@ def age(moment: float | datetime | None) -> str:
     return f"{max(0, seconds):.0f}s"
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns `1 row` or `1,234 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def clock(moment: float) -> str:
     """Returns the local time of day."""
     return datetime.fromtimestamp(moment).astimezone().strftime("%H:%M:%S")

@@ -76,7 +76,9 @@ def print_report(said: Mapping[str, Any], name: str) -> None:
     findings, rows = said["findings"], said["rows_named"]
     count = f"{len(findings):,} finding{'s' if len(findings) > 1 else ''}"
     what = f": {count} in {rows:,} of them" if rows else ", no findings"
-    output.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)
+    output.console.print(
+        Text.assemble((name, "bold"), f" has {output.counted(said['rows'], 'row')}{what}."), soft_wrap=True
+    )
     output.console.print(Text(page.describe(said), style="dim"), soft_wrap=True)
     if said["reason"]:
         output.console.print(Text(f"It cannot be used for training: {said['reason']}", style="red"), soft_wrap=True)

@@ -34,20 +34,23 @@ def create(
 @app.command("list")
 def list_endpoints(context: typer.Context, limit: Limit = 50, json: AsJson = False) -> None:
     """List the project's endpoints, newest first."""
-    found = connect(context).pages(ROOT, limit=limit)
+    api = connect(context)
+    found = api.pages(ROOT, limit=limit)
     if json:
         return output.as_json(found)
+    every = set(api.call("GET", "/webhook_event_types")["data"])
     output.table(
         ("id", "name", "url", "status", "last delivery", "events", "age"),
-        (_cells(endpoint) for endpoint in found),
+        (_cells(endpoint, every) for endpoint in found),
         empty="No endpoints: `tunery webhooks create URL` makes one.",
     )
     return None
 
 
-def _cells(endpoint: dict[str, Any]) -> Sequence[Any]:
+def _cells(endpoint: dict[str, Any], every: set[str]) -> Sequence[Any]:
     status = "disabled" if endpoint["disabled_reason"] else "active"
-    events = ", ".join(name.removeprefix("fine_tuning.job.") for name in endpoint["event_types"])
+    chosen = endpoint["event_types"]
+    events = "all" if every <= set(chosen) else ", ".join(name.removeprefix("fine_tuning.job.") for name in chosen)
     named = (endpoint["id"], endpoint["name"], endpoint["url"])
     last = endpoint["last_delivery"]
     outcome = f"{_outcome(last)} ({output.age(last['created_at'])})" if last else "-"
