@@ -14,7 +14,7 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from api import rate_headers, request_errors
+from api import query, rate_headers, request_errors
 from tunery import errors
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
@@ -129,8 +129,19 @@ def _handle(request: Request, error: Exception) -> JSONResponse:
     url, with_v1 = request.url.path, f"/v1{request.url.path}"
     if isinstance(error, HTTPException) and error.status_code == 404 and _exists(request, request.method, with_v1):
         error = request_errors.RouteNotFound(what=f"Invalid URL ({request.method} {url}). Did you mean {with_v1}?")
+    elif query.OF_AZURE in request.query_params:
+        error = _for_azure(error, f"{request.method} {url}")
     request_id = request.scope.get("state", {}).get("request_id", "-")
     return answer(error, request_id=request_id, route=f"{request.method} {request.url.path}")
+
+
+def _for_azure(error: Exception, route: str) -> Exception:
+    """Returns the error with what to change where Azure's client has a route or a key header of its own."""
+    if isinstance(error, Unauthenticated):
+        return Unauthenticated(message=f"{error.message} {query.NOT_AZURE}")
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return request_errors.RouteNotFound(what=f"Invalid URL ({route}). {query.NOT_AZURE}")
+    return error
 
 
 def _allowed(request: Request) -> list[str]:

@@ -14,6 +14,12 @@ from fastapi.routing import APIRoute
 from tunery.errors import InvalidValue
 
 _SHOWN = 40
+OF_AZURE = "api-version"
+"""The parameter that Azure's client sends with every request."""
+NOT_AZURE = (
+    "This server has OpenAI's API and not Azure's, whose routes and key header differ: use the client "
+    "OpenAI(base_url='http://HOST/v1', api_key=...) in place of AzureOpenAI."
+)
 
 
 def check(request: Request) -> None:
@@ -46,7 +52,9 @@ def _is_part(name: str, known: tuple[str, ...]) -> bool:
 
 def _unknown(name: str, known: tuple[str, ...]) -> InvalidValue:
     shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
-    if close := difflib.get_close_matches(name[:_SHOWN].lower(), known, n=1):
+    if name == OF_AZURE:
+        instead = NOT_AZURE
+    elif close := difflib.get_close_matches(name[:_SHOWN].lower(), known, n=1):
         instead = f"Did you mean '{close[0]}'?"
     elif known:
         instead = f"This route has {', '.join(known)}."

@@ -9,6 +9,7 @@ import pytest
 from cloned_databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from openai import APIStatusError, AzureOpenAI, NotFoundError
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import text
 from teams import BASE, TRAIN, Team
@@ -297,6 +298,28 @@ def test_unknown_query_parameter_is_refused_by_every_route(app: FastAPI, admin: 
             body = {"json": {}} if way == "post" else {}
             answer = admin.http.request(way, re.sub("{.*?}", "x", path), params={"no_such_name": "1"}, **body)
             assert answer.status_code == 400, (way, path)
+
+
+@pytest.mark.parametrize(
+    ("client", "status"),
+    [
+        ({"azure_endpoint": "http://testserver", "api_key": "KEY"}, 404),
+        ({"base_url": "http://testserver/v1", "api_key": "KEY"}, 401),
+        ({"base_url": "http://testserver/v1", "azure_ad_token": "KEY"}, 400),
+    ],
+)
+def test_azures_client_is_told_to_use_openais(
+    team: Team, anonymous: TestClient, client: dict[str, str], status: int
+) -> None:
+    """Its routes, its key header and its query differ, so that no setting makes it work."""
+    given = {name: value.replace("KEY", team.key) for name, value in client.items()}
+    azure = AzureOpenAI(api_version="2024-10-21", http_client=anonymous, max_retries=0, **given)  # type: ignore[arg-type]
+    with pytest.raises(APIStatusError) as refused:
+        azure.files.list()
+    assert refused.value.status_code == status
+    assert "use the client OpenAI(base_url='http://HOST/v1', api_key=...)" in refused.value.message
+    with pytest.raises(NotFoundError, match="in place of AzureOpenAI"):
+        azure.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}])
 
 
 def test_no_key_is_said_before_an_unknown_query_parameter(anonymous: TestClient) -> None:
