@@ -212,6 +212,15 @@ BROKEN = {
     "text behind the array": (b"[{}] x", "there is text after the array."),
     "empty array": (b"[]", "the array is empty."),
     "array not in UTF-8": (b'[{"a": "\xff"}]', "the file is not UTF-8 (byte 9)."),
+    "CSV with the line ends of old Macs": (
+        b"a,b\r1,2\r3,4\r",
+        "Line 1: the header is followed by a CR without LF, the",
+    ),
+    "TSV with the line ends of old Macs": (b"a\tb\r1\t2\r", "Line 1: the header is followed by a CR without LF, the"),
+    "long CSV with the line ends of old Macs": (
+        b"a,b\r" + b"1,2\r" * 2 * MIB,
+        "Line 1: the header is followed by a CR without LF, the line end of old Macs. End each line with LF or CRLF.",
+    ),
     "header alone": (b"a,b\n", "Line 2: the file has a header but no rows."),
     "pipes beside a comma": (b"a|b, c\nx|y\nx|y, z\nx|y\n", "Line 1: the file is a table with '|' between"),
     "pipes beside a quoted comma": (b'"a, b"|"c"\nx|y\n', "Line 1: the file is a table with '|' between its"),

@@ -85,7 +85,7 @@ def test_good_files_come_out_as_they_went_in(rows: list[dict[str, str | int]], s
         (b'{"a": "\t"}\n', 1, "a string contains a control character (column 8)."),
         (b'{"a": "\r"}\n', 1, "a string contains a control character (column 8)."),
         (b'{"a": 1}{"a": 2}\n', 1, "there is text after the JSON object (column 9)"),
-        (b'{"a": 1}\r{"a": 2}\r', 1, "there is text after the JSON object (column 10). Write one object per line"),
+        (b'{"a": 1}\r{"a": 2}\r', 1, "the object is followed by a CR without LF, the line end of old Macs. End each"),
         (b'{"a": 1},\n{"a": 2}\n', 1, "there is text after the JSON object (column 9)"),
         (b"{'a': 1}\n", 1, "is a Python literal, not JSON (column 2). Write each row with json.dumps"),
         (b'{"a": None}\n', 1, "is a Python literal"),

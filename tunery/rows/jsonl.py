@@ -9,6 +9,7 @@ from tunery.rows import containers, strict_json
 from tunery.rows.errors import InvalidJSONL, InvalidRows
 from tunery.rows.formats import Format, SourceRow
 
+ENDED_BY_CR = "is followed by a CR without LF, the line end of old Macs. End each line with LF or CRLF."
 MAX_LINE_BYTES = 4 * 2**20
 _BOM = "\ufeff"
 _JOINED = re.compile(rf"\}}\s*{_BOM}")
@@ -140,6 +141,8 @@ def _cause(line: str, error: strict_json.NotJSON) -> str:
     column = f"(column {error.position + 1})"
     if error.is_python:
         return f"is a Python literal, not JSON {column}. Write each row with json.dumps(row)."
+    if error.problem == "Extra data" and "\r" in line[len(line[: error.position].rstrip()) : error.position]:
+        return f"the object {ENDED_BY_CR}"
     if error.problem == "Extra data":
         return f"there is text after the JSON object {column}. Write one object per line, followed only by LF."
     if error.problem.startswith("Unterminated string"):

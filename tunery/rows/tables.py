@@ -8,12 +8,14 @@ from functools import partial
 from tunery.rows import containers, separators
 from tunery.rows.errors import InvalidRows, InvalidTable
 from tunery.rows.formats import Format, SourceRow
-from tunery.rows.jsonl import MAX_LINE_BYTES
+from tunery.rows.jsonl import ENDED_BY_CR, MAX_LINE_BYTES
 
 MOST_COLUMNS = 1000
 MOST_LINES = 20_000
 """Maximum lines of one record. It is parsed again each time its length has doubled."""
 _BOM = "\ufeff"
+_BARE_CR = "new-line character"
+"""What csv says of a line with a CR that is not before its LF."""
 _SEPARATOR_LINE = re.compile(r'"?sep=[,;\t]"?')
 """What spreadsheets may write above the header."""
 
@@ -141,6 +143,8 @@ class TableParser:
             yield _row(line, self._columns, record)
 
     def _read_header(self, record: list[str] | csv.Error, line: int) -> list[str]:
+        if isinstance(record, csv.Error) and _BARE_CR in str(record):
+            raise self._refuse(f"the header {ENDED_BY_CR}", line)
         if isinstance(record, csv.Error) or not record:
             raise self._refuse("the header cannot be read. Name the columns, without a line break in a name.", line)
         if len(record) > MOST_COLUMNS:
@@ -155,6 +159,8 @@ class TableParser:
 
     def _refuse_long(self) -> None:
         if len(self._rest) + self._waiting > MAX_LINE_BYTES or len(self._lines) > MOST_LINES:
+            if b"\r" in self._rest[:-1] and self._columns is None:
+                raise self._refuse(f"the header {ENDED_BY_CR}")
             limit = f"{MAX_LINE_BYTES // 2**20} MiB or {MOST_LINES} lines"
             raise self._refuse(
                 f"is longer than {limit}, which is the limit for one row. A closing quote may be missing."
@@ -175,7 +181,7 @@ def _until_end(lines: list[str], *, ended: bool) -> Iterator[str]:
 
 
 _REASONS = {
-    "new-line character": "there is a bare CR between its values. End each line with LF or CRLF.",
+    _BARE_CR: "there is a bare CR between its values. End each line with LF or CRLF.",
     "expected after": "there is text after a value's closing quote. Double a quote inside a quoted value.",
 }
 
