@@ -130,7 +130,7 @@ def test_nulls_and_outputs_leave_no_trace(name: str, text: str, tmp_path: Path) 
     ("data", "reason"),
     [
         (b"%s\n\n%s\n", "Line 2: is blank"),
-        (b"%s\r{}\n%s\n", "Example 1: there is text after the JSON object"),
+        (b"%s\r{}\n%s\n", "Example 1: the object is followed by a CR without LF"),
         (b"%s\n\xff%s\n", "Line 2: is not UTF-8"),
         (b"[%s,\n%s", "Row 2: the array has no end"),
         (b"[\n%s,\n{}\n]", "Example 2 (line 3): Unexpected file format"),
