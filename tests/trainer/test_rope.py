@@ -12,15 +12,16 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tunery.rows.template import ChatTemplate
-from tunery.spec import Evaluation
+from tunery.spec import Dpo, Evaluation
 from worker.server.generation import Generation
 from worker.server.sampling import Sampling
 from worker.server.streams import Alone
 from worker.trainer import rope, validation
 from worker.trainer.cuda_graphs import reason_against
+from worker.trainer.data import collate
 from worker.trainer.report import MessageWriter
 from worker.trainer.rope import LengthRope
-from worker.trainer.run import prepare
+from worker.trainer.run import carry_out, prepare
 from worker.trainer.scoring import answers
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
@@ -69,6 +70,47 @@ def test_validation_loss_is_that_of_each_row_alone(tmp_path: Path, base: Path) -
     for _ in range(2):  # the second time after longer rows
         loss = validation.loss(t.stepper, t.rows.examples).loss
         assert loss == pytest.approx(total / sum(row.labelled for row in t.rows.rows), rel=1e-5)
+
+
+def pair(seed: int, preferred: int, other: int) -> dict[str, Any]:
+    """Returns a preference row whose answers have so many words, of 4 to 8 tokens each."""
+    question = chat(seed, words=1)["messages"][:1]
+    answers = [chat(seed + i, words=words)["messages"][0]["content"] for i, words in enumerate((preferred, other))]
+    preferred_output, other_output = ([{"role": "assistant", "content": answer}] for answer in answers)
+    return {
+        "input": {"messages": question},
+        "preferred_output": preferred_output,
+        "non_preferred_output": other_output,
+    }
+
+
+@pytest.mark.parametrize("part", [[[0], [1]], [[0, 1]]], ids=["padded", "packed"])
+def test_answers_of_a_pair_on_both_sides_of_the_limit_are_those_alone(
+    tmp_path: Path, base: Path, part: list[list[int]]
+) -> None:
+    """The rows of a pair share a micro-batch whatever their lengths are."""
+    folder = lay_out(tmp_path / "run", base, plan(method=Dpo()), [pair(0, 1, 6), pair(5, 5, 1)])
+    t = prepare(folder, MessageWriter(None), StopSignal())
+    lengths = [[len(row) for row in example.rows] for example in t.rows.examples]
+    assert lengths[0][0] < 40 < lengths[0][1]
+    assert lengths[1][1] < 40 < lengths[1][0]
+    wanted = []
+    for row in t.rows.rows:
+        with torch.no_grad():
+            logits = fresh(base)(torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+        wanted.append(functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum").item())
+
+    with torch.no_grad():
+        found = t.objective.row_losses(collate(t.rows.examples, part, t.device))
+
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_exported_files_are_compared_on_each_prompt_alone(tmp_path: Path, base: Path) -> None:
+    """A model that is loaded again must not keep the frequencies of the longer prompt before."""
+    rows = [chat(i, words=words) for i, words in enumerate((12, 9, 3))]
+
+    assert carry_out(lay_out(tmp_path / "run", base, plan(), rows), MessageWriter(None), StopSignal())
 
 
 def test_answers_are_those_of_each_prompt_alone(tmp_path: Path, base: Path) -> None:

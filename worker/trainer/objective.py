@@ -1,7 +1,7 @@
 """The objective: a method's sums over a micro-batch, from the losses of its labelled tokens."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -44,13 +44,13 @@ class Objective(nn.Module):
         self.against_decoder: str | None = None  # why transformers generated the answers of the last evaluation
         self.knows_borders = decoder.borders_known(self.causal)
         self._casts: casts.Casts | None = None  # allocated by the first pass, on the device of the model
-        self._depends_on_length = bool(rope.of(self.causal))
+        self._lengths = rope.of(self.causal)
 
     @property
     def pad_to(self) -> tuple[int, int]:
         """To which multiples `data.collate` pads passes that are not recorded."""
         on_gpu = next(self.parameters()).is_cuda
-        return RECTANGLES_TO if on_gpu and not self._depends_on_length else (1, 1)
+        return RECTANGLES_TO if on_gpu and not self._lengths else (1, 1)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         if not self.chunked:
@@ -173,7 +173,7 @@ class Objective(nn.Module):
     def _factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the last hidden states [labelled, width] at the labelled positions, and the head's weight."""
         head: Tensor = self.causal.get_output_embeddings().weight
-        with self.computing():
+        with self.computing(), self._rows_apart(batch):
             hidden = _labelled(self.causal.base_model(**self._inputs(batch)).last_hidden_state, batch)
         if self._precision is not None and self._precision.autocast:  # autocast does not apply inside the chunked loss
             compute = precision.dtype(self._precision.compute)
@@ -182,8 +182,12 @@ class Objective(nn.Module):
 
     def _logits(self, batch: Batch) -> Tensor:
         """Returns the model's own logits [labelled, vocabulary] at the same positions."""
-        with self.computing():
+        with self.computing(), self._rows_apart(batch):
             return _labelled(self.causal(**self._inputs(batch)).logits, batch)
+
+    def _rows_apart(self, batch: Batch) -> AbstractContextManager[None]:
+        """Returns the context in which RoPE's frequencies are those of each row's own length."""
+        return rope.rows_apart(self.causal, self._lengths, batch.lengths) if self._lengths else nullcontext()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         if self.noise is not None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tunery.failures import ArtifactDiffers
 from tunery.planning.peak import CHECKED_BYTES, MOST_CHECKED, MOST_PROMPT
 from tunery.spec import Full
-from worker.trainer import dtypes, precision
+from worker.trainer import dtypes, precision, rope
 from worker.trainer.data import Rows
 from worker.trainer.hardware import free_bytes
 from worker.trainer.objective import all_and_trainable
@@ -142,6 +142,7 @@ def _try_difference(t: Training, record: Record, artifact: Path) -> float | None
 def _difference(t: Training, record: Record, artifact: Path) -> float:
     """Returns the largest difference of a prompt's logits, relative to their spread."""
     model = _load(t, record, artifact)
+    rope.install(model)  # each prompt is compared alone, not with frequencies of a longer one before it
     with precision.in_fp32(model, lambda _name, weight: weight):
         found = _logits(model, [prompt["input_ids"] for prompt in record.prompts])
     wanted = [torch.tensor(prompt["logits"]) for prompt in record.prompts]

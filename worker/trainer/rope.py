@@ -5,11 +5,14 @@ transformers chooses frequencies by the longest position of a batch: a row's out
 another for every length beyond it, and keeps the last one for later batches.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,63 @@ def of(model: nn.Module) -> LengthRope:
     for module, layer_type, kind in _embeddings(model):
         limits[kind].add(_limit(module, layer_type, kind))
     return LengthRope(frozenset(limits["longrope"]), frozenset(limits["dynamic"]))
+
+
+@contextmanager
+def rows_apart(model: nn.Module, limits: LengthRope, lengths: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Gives each row of a batch its own frequencies inside the block. `lengths`: those of each sequence's rows.
+
+    Examples of other lengths never share a batch (`LengthRope.group`), but the rows of one example have to.
+    """
+    keys = [[limits.group(length) for length in rows] for rows in lengths]
+    if len({key for each in keys for key in each}) < 2:
+        yield
+        return
+    places = {key: _places(lengths, keys, key) for each in keys for key in each}
+    modules = {id(module): module for module, _, _ in _embeddings(model)}.values()
+    for module in modules:
+        module.forward = partial(_group_by_group, module, module.forward, places)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _places(lengths: Sequence[Sequence[int]], keys: list[list[Hashable]], wanted: Hashable) -> tuple[Tensor, Tensor]:
+    """Returns the sequences and positions of all tokens whose row has the key."""
+    found: list[tuple[int, int]] = []
+    for number, (rows, of_rows) in enumerate(zip(lengths, keys, strict=True)):
+        start = 0
+        for length, key in zip(rows, of_rows, strict=True):
+            found += [(number, place) for place in range(start, start + length)] if key == wanted else []
+            start += length
+    sequences, positions = torch.tensor(found).t()
+    return sequences, positions
+
+
+def _group_by_group(
+    module: Any,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    places: dict[Hashable, tuple[Tensor, Tensor]],
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Returns the rotary embedding's sines and cosines [sequences, positions, width], with those of each group by its
+    own frequencies; 0 for padding.
+    """
+    positions = position_ids.expand(x.shape[0], -1)
+    both: tuple[Tensor, ...] = ()
+    for where in places.values():
+        _forget(module, None)
+        parts = forward(x, positions[where][None], *args, **kwargs)
+        both = both or tuple(part.new_zeros(*positions.shape, part.shape[-1]) for part in parts)
+        for whole, part in zip(both, parts, strict=True):
+            whole[where] = part[0]
+    first, second = both
+    return first, second
 
 
 def _embeddings(model: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
