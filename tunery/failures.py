@@ -45,7 +45,7 @@ class DoesNotFit(JobFailure):
 
 
 class CannotAdapt(JobFailure):
-    """The base's layers cannot take this adapter: {reason} Choose other target_modules or another technique."""
+    """The base's layers cannot take this adapter: {reason} {instead}"""
 
     code = "cannot_adapt"
 

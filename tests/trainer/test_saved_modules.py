@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
 from run_folders import Interrupting, chat, lay_out, plan
 from safetensors.torch import load_file
@@ -26,6 +27,8 @@ ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
 HEAD = Lora(r=4, alpha=8, modules_to_save=["lm_head", "norm"])
 EMBEDDING = Lora(r=4, alpha=8, modules_to_save=["embed_tokens"])
 TOKENS = Lora(r=4, alpha=8, trainable_token_indices=[1, 2])
+HEAD_AND_ROWS = Lora(r=4, alpha=8, modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+EMBEDDING_AND_ROWS = Lora(r=4, alpha=8, modules_to_save=["embed_tokens"], trainable_token_indices=[1, 2])
 CASES = pytest.mark.parametrize(
     ("tied", "technique"),
     [
@@ -34,8 +37,10 @@ CASES = pytest.mark.parametrize(
         (True, EMBEDDING),
         pytest.param(True, HEAD, marks=pytest.mark.slow),
         pytest.param(True, TOKENS, marks=pytest.mark.slow),
+        (False, HEAD_AND_ROWS),
+        pytest.param(False, EMBEDDING_AND_ROWS, marks=pytest.mark.slow),
     ],
-    ids=["head", "tokens", "tied embedding", "tied head", "tied tokens"],
+    ids=["head", "tokens", "tied embedding", "tied head", "tied tokens", "head and rows", "embedding and rows"],
 )
 PEFTS_NAMES: dict[str, dict[str, Any]] = {
     "head": {"modules_to_save": ["lm_head", "norm"]},
@@ -43,6 +48,15 @@ PEFTS_NAMES: dict[str, dict[str, Any]] = {
     "tied head": {"modules_to_save": ["embed_tokens", "norm"], "ensure_weight_tying": True},
     "tokens": {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 2]}},
     "tied tokens": {"trainable_token_indices": [1, 2]},
+    "head and rows": {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
+    "embedding and rows": {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"lm_head": [1, 2]}},
+}
+KINDS = {
+    id(HEAD): "head",
+    id(EMBEDDING): "embedding",
+    id(TOKENS): "tokens",
+    id(HEAD_AND_ROWS): "head and rows",
+    id(EMBEDDING_AND_ROWS): "embedding and rows",
 }
 
 
@@ -67,7 +81,7 @@ def start(folder: Path, base: Path, **changes: Any) -> Training:
 
 
 def name_of(technique: Lora, tied: bool) -> str:
-    kind = "tokens" if technique is TOKENS else "embedding" if technique is EMBEDDING else "head"
+    kind = KINDS[id(technique)]
     return f"tied {kind}" if tied else kind
 
 
@@ -159,19 +173,57 @@ def test_head_learns_in_fp32_beside_a_bf16_base_and_is_saved_in_bf16(tmp_path: P
     assert model.get_output_embeddings().weight.dtype == torch.float32
 
 
+BOTH = ["lm_head", "embed_tokens"]
+
+
 @pytest.mark.parametrize(
-    ("technique", "reason"),
+    ("tied", "technique", "reason"),
     [
-        (Lora(modules_to_save=["lm_heat"]), "The base has no module 'lm_heat'"),
-        (Lora(modules_to_save=["mlp"]), "has no weight of its own"),
-        (Qlora(target_modules=["q_proj"], modules_to_save=["up_proj"]), "is quantised"),
+        (
+            False,
+            Lora(modules_to_save=["lm_heat"]),
+            "no module 'lm_heat', .* modules such as 'embed_tokens' or 'lm_head'",
+        ),
+        (False, Lora(modules_to_save=["mlp"]), "has no weight of its own"),
+        (False, Qlora(target_modules=["q_proj"], modules_to_save=["up_proj"]), "is quantised"),
+        (False, Lora(modules_to_save=BOTH, trainable_token_indices=[1]), "Leave trainable_token_indices out"),
+        (True, Lora(modules_to_save=["lm_head"], trainable_token_indices=[1]), "Leave trainable_token_indices out"),
     ],
 )
 def test_module_that_cannot_learn_whole_is_refused(
-    tmp_path: Path, bases: dict[bool, Path], technique: Lora, reason: str
+    tmp_path: Path, bases: dict[bool, Path], tied: bool, technique: Lora, reason: str
 ) -> None:
-    with pytest.raises(CannotAdapt, match=reason):
-        start(tmp_path / "run", bases[False], technique=technique)
+    with pytest.raises(CannotAdapt, match=reason) as refused:
+        start(tmp_path / "run", bases[tied], technique=technique)
+    assert "target_modules" not in str(refused.value), "which would not help"
+
+
+def test_router_that_learns_whole_is_plain_pefts(tmp_path: Path) -> None:
+    """It returns several tensors, of which the experts' indices stay integers."""
+    base = zoo.make("Qwen3-MoE", tmp_path / "base")
+    technique = Lora(r=4, alpha=8, target_modules=["q_proj"], modules_to_save=["gate"])
+    ids = torch.tensor([[5, 60, 7, 80]])
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+        model: Any = LORA.prepare(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), technique, None)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["gate"])
+        plain: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        found, wanted = (each(input_ids=ids).logits for each in (model, plain))
+        assert found.dtype == dtype
+        assert (found - wanted).norm() < tolerance * wanted.norm()
+        for each in (found, wanted):
+            each.float().square().mean().backward()
+        name = "base_model.model.model.layers.0.mlp.gate.modules_to_save.default.weight"
+        grads = [dict(each.named_parameters())[name].grad for each in (model, plain)]
+        assert grads[0] is not None
+        assert grads[1] is not None
+        assert (grads[0] - grads[1]).norm() < 4 * tolerance * grads[1].norm()
+
+
+def test_router_that_has_an_adapter_and_would_learn_whole_is_refused(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(zoo.make("Qwen3-MoE", tmp_path / "base"))
+
+    with pytest.raises(CannotAdapt, match="Leave it out of modules_to_save, or list target_modules without it"):
+        LORA.prepare(base, Lora(modules_to_save=["gate"]), None)
 
 
 def test_chunked_loss_takes_the_head_that_learns(tmp_path: Path, bases: dict[bool, Path]) -> None:

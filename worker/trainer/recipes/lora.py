@@ -46,7 +46,12 @@ def with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             return cast(PeftModel, get_peft_model(model, config))
     except ValueError as error:
-        raise CannotAdapt(reason=str(error).splitlines()[0]) from error
+        instead = "Choose other target_modules or another technique."
+        raise CannotAdapt(reason=str(error).splitlines()[0], instead=instead) from error
+    except TypeError as error:  # PEFT adapts routers of mixtures as parameters, where it does not leave these out
+        reason = "modules_to_save names a module that also has an adapter, such as a mixture's router."
+        instead = "Leave it out of modules_to_save, or list target_modules without it."
+        raise CannotAdapt(reason=reason, instead=instead) from error
 
 
 def configuration(model: PreTrainedModel, technique: Lora) -> LoraConfig:

@@ -21,21 +21,28 @@ def options(model: Any, technique: Lora) -> dict[str, Any]:
     """Returns the arguments of PEFT's LoraConfig. Raises CannotAdapt for modules that cannot be trained whole.
 
     A tied head stays the embedding's; one that is not tied trains its own rows of the tokens, or a new token would be
-    read but never generated.
+    read but never generated. Neither trains rows of its own if it is trained whole.
     """
     names, tokens = technique.modules_to_save, technique.trainable_token_indices
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
     named = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    whole: set[int] = set()
     found: dict[str, Any] = {}
     if names:
-        saved = _modules(model, names)
+        whole = {id(module) for module in _modules(model, names)}
         found["modules_to_save"] = names
-        if tied and {id(head), id(embedding)} & {id(module) for module in saved}:
+        if tied and {id(head), id(embedding)} & whole:
             found["modules_to_save"] = sorted({*names, named[id(embedding)]} - {named[id(head)]})
             found["ensure_weight_tying"] = True
+            whole |= {id(head), id(embedding)}
     if tokens:
-        rows = {named[id(module)]: tokens for module in (embedding, head)}
+        rows = {named[id(module)]: tokens for module in (embedding, head) if id(module) not in whole}
+        if not rows:
+            raise CannotAdapt(
+                reason="modules_to_save trains the embedding and the head whole, with the rows of all tokens.",
+                instead="Leave trainable_token_indices out, or take both out of modules_to_save.",
+            )
         found["trainable_token_indices"] = tokens if tied else rows
     return found
 
@@ -44,13 +51,23 @@ def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
     found: list[nn.Module] = []
     for wanted in names:
         matching = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        instead = f"Name modules such as {' or '.join(_examples(model))}."
         if not matching:
-            raise CannotAdapt(reason=f"The base has no module '{wanted}', which modules_to_save names.")
+            reason = f"The base has no module '{wanted}', which modules_to_save names."
+            raise CannotAdapt(reason=reason, instead=instead)
         if any(getattr(m, "weight", None) is None or isinstance(m, bitsandbytes.nn.Linear4bit) for m in matching):
-            what = f"'{wanted}', which modules_to_save names, has no weight of its own or is quantised."
-            raise CannotAdapt(reason=f"{what} Choose modules such as the embedding, the head or a norm.")
+            reason = f"'{wanted}', which modules_to_save names, has no weight of its own or is quantised."
+            raise CannotAdapt(reason=reason, instead=instead)
         found += matching
     return found
+
+
+def _examples(model: Any) -> list[str]:
+    """Returns the names of the embedding, the head and the last norm."""
+    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    names = [name for name, module in model.named_modules() if id(module) in wanted]
+    norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+    return [f"'{name.rpartition('.')[2]}'" for name in names + norms[-1:]]
 
 
 def cast_at_borders(adapted: nn.Module) -> None:
@@ -68,13 +85,19 @@ def _widen(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _Narrow:
-    """A hook that casts a module's output to the type of the module that it replaces."""
+    """A hook that casts a module's outputs to the type of the module that it replaces. Routers have several, one of
+    which are indices.
+    """
 
     def __init__(self, wrapper: Any) -> None:
         self._original = wrapper.original_module
 
-    def __call__(self, _module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-        return out.to(self._original.weight.dtype)
+    def __call__(self, _module: nn.Module, _args: Any, out: Any) -> Any:
+        return tuple(map(self._cast, out)) if isinstance(out, tuple) else self._cast(out)
+
+    def _cast(self, out: Any) -> Any:
+        is_number = isinstance(out, Tensor) and out.is_floating_point()
+        return out.to(self._original.weight.dtype) if is_number else out
 
 
 @contextmanager
