@@ -277,6 +277,16 @@ def test_a_users_file_is_replayed_as_it_is(base: Path, tmp_path: Path) -> None:
     assert started.warnings == []
 
 
+def test_a_file_with_too_few_rows_is_told_what_helps(base: Path, tmp_path: Path) -> None:
+    """No setting of the base's own answers changes a file."""
+    replay = Replay(share=0.5, source="file-general")
+    folder = lay_out(tmp_path / "run", base, plan(replay=replay), ROWS)
+    (folder / "data" / "replay.jsonl").write_text("".join(json.dumps(chat(100 + i)) + "\n" for i in range(2)))
+    [warning] = trained(folder).warnings
+    assert "the replay file gives 2 rows, and an epoch uses each at most once" in warning
+    assert warning.endswith("Lower replay.share, or add rows to the file.")
+
+
 @pytest.mark.usefixtures("few")
 def test_a_run_goes_on_with_the_same_rows_though_its_host_would_answer_otherwise(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

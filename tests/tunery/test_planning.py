@@ -192,6 +192,20 @@ def test_counts_are_those_that_peft_prints() -> None:
     assert shape.trainable_params(LLAMA_8B, Full()) == 8_030_261_248
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_learn_whole_are_counted_by_their_own_sizes(tied: bool) -> None:
+    model_info, head = {**LLAMA_8B, "tie_word_embeddings": tied}, 128_256 * 4096
+
+    def whole(names: list[str], tokens: list[int] | None = None) -> int:
+        technique = Lora(modules_to_save=names, trainable_token_indices=tokens)
+        return shape.trainable_params(model_info, technique) - shape.trainable_params(model_info, Lora())
+
+    assert whole(["norm"]) == (2 * 32 + 1) * 4096
+    assert whole(["layers.0.self_attn.q_proj", "down_proj"]) == 32 * (4096 * 4096 + 14_336 * 4096)
+    assert whole(["lm_head", "embed_tokens"]) == (1 if tied else 2) * head
+    assert whole(["lm_head", "model.norm"], [7, 8]) == head + (2 * 32 + 1) * 4096 + (0 if tied else 2 * 4096)
+
+
 def test_base_weights_are_counted_as_they_are_kept() -> None:
     def base(technique: Technique, device: str = "cuda") -> float:
         return peak.at_rest(Setting.of(LLAMA_8B, technique, device, "adamw", 1))["base"] / 1e9

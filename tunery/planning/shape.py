@@ -1,5 +1,6 @@
 """A decoder's sizes, from its config alone, and its trainable parameters. Units are elements, not bytes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,6 +90,9 @@ class Shape:
         return self.layers * sum(inputs * outputs for inputs, outputs in self.modules.values())
 
 
+_NORM = re.compile(r"norm|^ln_")
+
+
 def trainable_params(model_info: Mapping[str, Any], technique: Technique) -> int:
     """Returns the number of trained weights. A module of unknown size counts as hidden x hidden."""
     shape = Shape.of(model_info)
@@ -120,7 +124,19 @@ def _adapted(shape: Shape, technique: Lora) -> list[tuple[int, int]]:
 
 
 def _whole_params(shape: Shape, technique: Lora) -> int:
-    """Returns the weights of modules that are trained whole. A module of unknown size counts as a head."""
-    matrices = shape.vocab * shape.hidden * len(technique.modules_to_save or ())
-    rows = len(technique.trainable_token_indices or ()) * shape.hidden
-    return (matrices + rows) * (1 if shape.tied else 2) if rows else matrices
+    """Returns the weights of modules, and of the vocabulary's rows, that are trained whole.
+
+    The name of a linear module or a norm means all layers', as PEFT matches the ends of names: `norm` also those of the
+    layers. A module of unknown size counts as a head.
+    """
+    names = [name.rpartition(".")[2] for name in technique.modules_to_save or ()]
+    linears = [shape.modules[name] for name in names if name in shape.modules]
+    norms = [name for name in names if _NORM.search(name)]
+    matrices = len(names) - len(linears) - len(norms)
+    layers = sum(inputs * outputs for inputs, outputs in linears) + 2 * shape.hidden * len(norms)
+    found = shape.layers * layers + shape.hidden * len(norms)
+    if shape.tied:
+        matrices = min(1, matrices)
+    tokens = len(technique.trainable_token_indices or ())
+    rows = tokens * max(0, (1 if shape.tied else 2) - matrices)
+    return found + shape.hidden * (shape.vocab * matrices + rows)

@@ -93,11 +93,13 @@ def _said(rows: Rows, plan: Plan, asked: int, ended: int) -> Replayed:
 
 
 def _too_few(said: Replayed, replay: Replay) -> str:
-    instead = "Raise replay.max_new_tokens, lower replay.share, or set replay.source to a file of general rows."
-    where = "the file has"
     if said.source == "self":
-        where = f"the base completed {said.ended} of {said.prompts} answers, which gives"
+        where = f"the base completed {said.ended} of {said.prompts} answers, which gives {said.rows_an_epoch} rows"
+        instead = "Raise replay.max_new_tokens, lower replay.share, or set replay.source to a file of general rows."
+    else:
+        where = f"the replay file gives {said.rows_an_epoch} rows"
+        instead = "Lower replay.share, or add rows to the file."
     return (
-        f"Replay is {said.share:.1%} of the rows, not {replay.share:.1%}: {where} {said.rows_an_epoch} rows, and an "
-        f"epoch uses each at most once. {instead}"
+        f"Replay is {said.share:.1%} of the rows, not {replay.share:.1%}: {where}, and an epoch uses each at most "
+        f"once. {instead}"
     )
