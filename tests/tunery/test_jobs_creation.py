@@ -89,6 +89,13 @@ def test_same_request_twice_makes_two_jobs_unless_a_key_says_otherwise(
         ({"validation_file": "file-1", "early_stopping": {"metric": "task"}}, "early_stopping.metric"),
         ({"learning_rate": 1e-4, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate"),
         ({"technique": {"type": "full"}, "optimizer": "paged_adamw_8bit"}, "optimizer"),
+        (
+            {
+                "technique": {"type": "qlora", "use_dora": True},
+                "resources": {"gpus": 2, "sharding": "full_shard"},
+            },
+            "resources.sharding",
+        ),
         ({"technique": {"type": "full"}, "export": {"merged": True}}, "export.merged"),
         ({"technique": {"type": "full"}, "export": {"adapter_gguf": True}}, "export.adapter_gguf"),
     ],

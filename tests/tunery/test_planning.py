@@ -420,6 +420,15 @@ def test_model_is_cut_where_no_gpu_holds_it(gpus: int, asked: Any, capacity: int
     assert found == chosen
 
 
+@pytest.mark.parametrize(("technique", "chosen"), [(Qlora(), "full_shard"), (Qlora(use_dora=True), "replicate")])
+def test_model_that_cannot_be_cut_is_not(technique: Technique, chosen: str) -> None:
+    found = expected.choose_sharding(
+        THIRTEEN_B, technique, gpus=4, asked="auto", capacity=5 * 10**9, max_seq_length=512
+    )
+
+    assert found == chosen
+
+
 def test_what_does_not_fit_in_pieces_either_is_refused() -> None:
     asked: dict[str, Any] = {"max_seq_length": 512, "capacity": 40 * 10**9, "model": "m"}
     changes.check(THIRTEEN_B, Full(), **asked, ranks=4)
@@ -449,3 +458,6 @@ def test_more_gpus_are_named_alone_where_nothing_lighter_fits() -> None:
         changes.check(THIRTEEN_B, Qlora(), max_seq_length=512, capacity=each, gpus=8)
     assert "Set resources.gpus to 8 " in caught.value.message
     assert " on each. Set resources.force to true" in caught.value.message
+    with pytest.raises(DoesNotFit) as caught:
+        changes.check(THIRTEEN_B, Qlora(use_dora=True), max_seq_length=512, capacity=each, gpus=8)
+    assert "resources.gpus" not in caught.value.message, "it cannot be sharded"

@@ -20,7 +20,7 @@ from tunery.jobs.request import JobRequest
 from tunery.keys.auth import Caller
 from tunery.models import imports, registry
 from tunery.models.model import Model
-from tunery.planning import advice, servable
+from tunery.planning import advice, expected, servable
 from tunery.planning.servable import Limits
 from tunery.spec import (
     Full,
@@ -115,6 +115,7 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     _check_export(request)
     _check_gate(request)
     _check_unquantised(request)
+    _check_sharding(request)
     if request.optimizer == "paged_adamw_8bit" and isinstance(request.technique, Full):
         _check_paged(request.technique)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
@@ -181,6 +182,14 @@ def _check_replay(request: JobRequest, chosen: MethodOptions) -> None:
     if request.replay is not None and chosen.type != "supervised":
         reason = f"replay adds chat rows, but method '{chosen.type}' learns from other rows. Leave replay out."
         raise InvalidValue(param="replay", reason=reason)
+
+
+def _check_sharding(request: JobRequest) -> None:
+    """Raises InvalidValue for a model that is to be sharded and cannot be."""
+    resources, technique = request.resources, request.technique
+    if resources.sharding == "full_shard" and technique is not None and not expected.can_shard(technique):
+        reason = "a four-bit model with DoRA cannot be sharded. Use 'replicate' or 'auto', or set use_dora to false."
+        raise InvalidValue(param="resources.sharding", reason=reason)
 
 
 def _check_paged(technique: Full) -> None:

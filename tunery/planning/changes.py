@@ -85,6 +85,8 @@ def _more_gpus(
     model_info: Mapping[str, Any], technique: Technique, capacity: int, gpus: int, of_run: Mapping[str, Any]
 ) -> Change | None:
     """Returns the change to the fewest GPUs that hold the sharded model."""
+    if not expected.can_shard(technique):
+        return None
     for ranks in (count for count in GPU_COUNTS if of_run["ranks"] < count <= gpus and of_run["device"] == "cuda"):
         cut = {**of_run, "ranks": ranks}
         if expected.runs(model_info, technique, capacity=capacity, **cut):

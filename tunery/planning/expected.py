@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tunery.planning import activations, peak
 from tunery.planning.peak import Estimate, Parts, Setting, Step
-from tunery.spec import Full, Lora, Sharding, Technique
+from tunery.spec import Full, Lora, Qlora, Sharding, Technique
 
 CPU_MICRO_BATCH = 1024
 """Tokens of a CPU micro-batch. Larger ones are no faster: the matrix products fill the cores, and padding grows."""
@@ -112,6 +112,13 @@ def bf16_runs(model_info: Mapping[str, Any], *, capacity: int, **of_run: Any) ->
     return runs(model_info, Lora(), capacity=capacity, **of_run)
 
 
+def can_shard(technique: Technique) -> bool:
+    """Whether the trainer can shard the model: PEFT's DoRA computes norms of whole layers, and unpacks four-bit ones by
+    a state that their pieces do not have.
+    """
+    return not (isinstance(technique, Qlora) and technique.use_dora)
+
+
 def choose_sharding(
     model_info: Mapping[str, Any], technique: Technique, *, gpus: int, capacity: int, asked: Sharding, **of_run: Any
 ) -> Literal["replicate", "full_shard"]:
@@ -120,7 +127,7 @@ def choose_sharding(
     """
     if asked != "auto":
         return asked
-    if gpus == 1 or of_run.get("device") == "cpu":
+    if gpus == 1 or of_run.get("device") == "cpu" or not can_shard(technique):
         return "replicate"
     return "replicate" if runs(model_info, technique, capacity=capacity, **of_run) else "full_shard"
 
