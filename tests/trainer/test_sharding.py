@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 import two_ranks
+import zoo
 from run_folders import Interrupting, chat, lay_out, plan
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -43,6 +44,7 @@ MORE: dict[str, dict[str, Any]] = {
     "exported": PLAIN | {"export": Export(fp8=True)},
     "merged": {"n_epochs": 2, "technique": Lora(r=4), "export": Export(merged=True)},
     "continued": {"n_epochs": 2, "technique": Lora(r=4, alpha=8)},
+    "uneven": {"n_epochs": 1, "technique": Lora(r=4)},  # of its validation rows, each takes a pass of its own
     "narrow": PLAIN | {"optimizer": "adamw_8bit", "learning_rate": 1e-3},
 }
 """Everything else that a run may do, with a sharded model."""
@@ -111,6 +113,7 @@ def more(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Carries out the runs of MORE."""
     made = Runs(tmp_path_factory.mktemp("more"), tiny, request.param == "nccl")
     larger = {"narrow": tiny_models.llama(made.folder / "base-64", hidden_size=64, intermediate_size=128)}
+    larger["uneven"] = zoo.make("Llama, dynamic", made.folder / "base-dynamic")
     for name, changes in MORE.items():
         made.lay_out(name, larger.get(name), **changes)
     tiny_models.lora(made.folder / "continued" / "adapter", tiny)

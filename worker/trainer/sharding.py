@@ -59,16 +59,17 @@ class Shards:
         root.unshard()  # embedding and head, which some code uses outside the objective's own passes
         backbone: Any = self._objective.causal.base_model
         hook = backbone.register_forward_pre_hook(lambda *_: self._announce_pass())
-        try:
-            yield
-        finally:
-            hook.remove()
-        training = self._objective.training
-        self._objective.eval()
-        while self._ranks.any(flag=False):
-            with torch.no_grad(), self._objective.computing():
-                backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._ranks.device), use_cache=False)
-        self._objective.train(training)
+        with _kept_whole(root):
+            try:
+                yield
+            finally:
+                hook.remove()
+            training = self._objective.training
+            self._objective.eval()
+            while self._ranks.any(flag=False):
+                with torch.no_grad(), self._objective.computing():
+                    backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._ranks.device), use_cache=False)
+            self._objective.train(training)
         root.reshard()
 
     def whole_weights(self) -> dict[str, Tensor]:
@@ -110,6 +111,23 @@ def loads_on(ranks: Ranks) -> torch.device:
     Otherwise a host with 8 GPUs would hold 8 copies of a model that fits into none of them.
     """
     return torch.device("cpu" if ranks.is_main else "meta")
+
+
+@contextmanager
+def _kept_whole(root: FSDPModule) -> Iterator[None]:
+    """Keeps what a module has gathered inside the block.
+
+    torch frees it at the end of a pass that another one has contained, as `sums` contains `forward`, although it keeps
+    the root's weights otherwise. The next pass of one rank would gather them again, while the others have no more.
+    """
+    groups = cast(Any, root)._get_fsdp_state()._fsdp_param_groups
+    for group in groups:
+        group.reshard = lambda: None
+    try:
+        yield
+    finally:
+        for group in groups:
+            del group.reshard
 
 
 def parameters_of(objective: Objective, shards: Shards | None) -> dict[str, nn.Parameter]:
