@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_patte
 
 @dataclass(frozen=True)
 class Case:
-    """`config`: what plain PEFT is told beside rank and alpha; None: every weight learns. `memory`: of the plan."""
+    """`config`: the arguments of plain PEFT beside rank and alpha; None: every weight learns. `memory`: of the plan."""
 
     family: str
     plan: dict[str, Any]

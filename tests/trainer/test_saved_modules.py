@@ -226,6 +226,16 @@ def test_router_that_has_an_adapter_and_would_learn_whole_is_refused(tmp_path: P
         LORA.prepare(base, Lora(modules_to_save=["gate"]), None)
 
 
+def test_rows_of_a_head_with_a_bias_are_refused(tmp_path: Path) -> None:
+    """PEFT's layer for them has no bias: the model would not start as its base, and its merge would be another one."""
+    base = AutoModelForCausalLM.from_pretrained(zoo.make("Phi", tmp_path / "base"), dtype=torch.float32)
+
+    with pytest.raises(CannotAdapt, match="Use modules_to_save with the head"):
+        LORA.prepare(base, Lora(trainable_token_indices=[1]), None)
+
+    LORA.prepare(base, Lora(trainable_token_indices=[1], modules_to_save=["lm_head"]), None)
+
+
 def test_chunked_loss_takes_the_head_that_learns(tmp_path: Path, bases: dict[bool, Path]) -> None:
     t = start(tmp_path / "run", bases[False], technique=HEAD)
 

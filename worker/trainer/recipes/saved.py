@@ -43,6 +43,11 @@ def options(model: Any, technique: Lora) -> dict[str, Any]:
                 reason="modules_to_save trains the embedding and the head whole, with the rows of all tokens.",
                 instead="Leave trainable_token_indices out, or take both out of modules_to_save.",
             )
+        if getattr(head, "bias", None) is not None and id(head) not in whole:
+            raise CannotAdapt(
+                reason="its head has a bias, which PEFT leaves out of a head whose rows are trained.",
+                instead="Use modules_to_save with the head, or leave trainable_token_indices out.",
+            )
         found["trainable_token_indices"] = tokens if tied else rows
     return found
 
