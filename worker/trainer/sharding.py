@@ -120,7 +120,10 @@ def _kept_whole(root: FSDPModule) -> Iterator[None]:
     torch frees it at the end of a pass that another one has contained, as `sums` contains `forward`, although it keeps
     the root's weights otherwise. The next pass of one rank would gather them again, while the others have no more.
     """
-    groups = cast(Any, root)._get_fsdp_state()._fsdp_param_groups
+    state = cast(Any, root)._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # older releases of torch have one
+        groups = [state._fsdp_param_group]
     for group in groups:
         group.reshard = lambda: None
     try:
