@@ -49,6 +49,8 @@ def with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         instead = "Choose other target_modules or another technique."
         raise CannotAdapt(reason=str(error).splitlines()[0], instead=instead) from error
     except TypeError as error:  # PEFT adapts routers of mixtures as parameters, where it does not leave these out
+        if not config.modules_to_save:
+            raise
         reason = "modules_to_save names a module that also has an adapter, such as a mixture's router."
         instead = "Leave it out of modules_to_save, or list target_modules without it."
         raise CannotAdapt(reason=reason, instead=instead) from error
