@@ -15,7 +15,7 @@ import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
-from run_folders import chat, lay_out, plan
+from run_folders import Ear, chat, lay_out, plan, said
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -117,21 +117,6 @@ CASES = {
 }
 
 
-class Telling(MessageWriter):
-    """Keeps the messages of a run."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.said: list[Any] = []
-
-    def write(self, message: Any) -> None:
-        super().write(message)
-        self.said.append(message)
-
-    def of(self, kind: str) -> list[Any]:
-        return [message for message in self.said if message.type == kind]
-
-
 @dataclass
 class Plain:
     """The loop's model. `starts`: the log-probabilities of rows before training, by their tokens."""
@@ -219,10 +204,10 @@ class Ran:
 
     t: Training
     weights: dict[str, Tensor]
-    writer: Telling
+    ear: Ear
 
 
-def carried_out(folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> Ran:
+def carried_out(folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch, ear: Ear) -> Ran:
     prepare, found = run.prepare, []
 
     def preparing(*args: Any) -> Training:
@@ -232,16 +217,15 @@ def carried_out(folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> Ra
         return t
 
     monkeypatch.setattr(run, "prepare", preparing)
-    writer = Telling()
-    assert run.carry_out(folder, writer, StopSignal())
+    assert run.carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
     [(t, weights)] = found
-    return Ran(t, weights, writer)
+    return Ran(t, weights, ear)
 
 
 def compare_steps(ran: Ran, loop: Plain, parameters: dict[str, Tensor]) -> None:
     """Compares all steps and evaluations; leaves the weights of the step that becomes the model."""
     valid: Any = ran.t.valid
-    found, evaluated = ran.writer.of("step"), {each.step: each.loss for each in ran.writer.of("evaluated")}
+    found, evaluated = said(ran.ear, "step"), {each.step: each.loss for each in said(ran.ear, "evaluated")}
     chosen: dict[str, Tensor] = {}
     for step, (loss, norm) in zip(found, steps(loop, ran.t, parameters), strict=False):
         assert (step.train_loss, step.grad_norm) == pytest.approx((loss, norm), rel=1e-3), step.step
@@ -261,13 +245,13 @@ def copy(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_run_is_that_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_run_is_that_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ear: Ear, case: Case) -> None:
     settled = plan(**{"n_epochs": 2, "batch_size": 3, "learning_rate": 2e-3, "max_seq_length": 256} | case.plan)
     base = zoo.make(case.family, tmp_path / "base")
     rows = pairs if isinstance(settled.method, Dpo) else chats
     folder = lay_out(tmp_path / "run", base, settled, rows(0, 8), rows(20, 3), public_checkpoints=0)
     (folder / "data" / "replay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats(40, 5)))
-    ran = carried_out(folder, case, monkeypatch)
+    ran = carried_out(folder, case, monkeypatch, ear)
     loop = Plain(plain(base, case, settled.technique), settled)
     parameters = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
     copy(ran.weights, parameters)
