@@ -74,7 +74,7 @@ _LINES = 8
 def print_report(said: Mapping[str, Any], name: str) -> None:
     """Prints the whole report."""
     findings, rows = said["findings"], said["rows_named"]
-    count = f"{len(findings):,} finding{'s' if len(findings) > 1 else ''}"
+    count = output.counted(len(findings), "finding")
     what = f": {count} in {rows:,} of them" if rows else ", no findings"
     output.console.print(
         Text.assemble((name, "bold"), f" has {output.counted(said['rows'], 'row')}{what}."), soft_wrap=True
