@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,10 +125,13 @@ class Trainer:
         self.process.stdin.write(f"{folder}\n")
         self.process.stdin.close()
 
-    def messages(self, limit: float | None = None) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def messages(
+        self, limit: float | None = None, tell: Callable[[dict[str, Any]], object] = lambda _: None
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Returns the messages until the process ends, and the seconds to the end of its first step and to its own end.
 
-        `at` of a message: the seconds until it was written. After `limit` seconds the process is killed.
+        `at` of a message: the seconds until it was written. `tell` gets each as it comes. After `limit` seconds the
+        process is killed.
         """
         assert self.process.stdout is not None
         said, first = [], 0.0
@@ -137,6 +141,7 @@ class Trainer:
         with self.process.stdout as output:
             for line in output:
                 said.append(json.loads(line) | {"at": round(time.monotonic() - self.began, 2)})
+                tell(said[-1])
                 if said[-1]["type"] == "step" and not first:
                     first = said[-1]["at"]
         self.process.wait()

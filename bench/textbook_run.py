@@ -185,7 +185,7 @@ def measure(base: Path, kind: str, rows: int) -> dict[str, Any]:
         seconds = {"files": round(time.monotonic() - began, 1)}
         memory = DeviceMemory(trainer.process.pid)
         trainer.begin(folder)
-        said, took = trainer.messages()
+        said, took = trainer.messages(tell=_tell)
         process_gib = memory.gib()
         began = time.monotonic()
         served = check_served(folder, host.settings) if said[-1:] and said[-1]["type"] == "finished" else {}
@@ -202,6 +202,13 @@ def measure(base: Path, kind: str, rows: int) -> dict[str, Any]:
         "warnings": verdict.warnings,
         "plan": verdict.plan.model_dump(mode="json"),
     }
+
+
+def _tell(message: dict[str, Any]) -> None:
+    """Prints a message, of steps only some, so that one sees how far a run is."""
+    if message["type"] != "step" or message["step"] % 50 in {0, 1}:
+        shown = {name: value for name, value in message.items() if isinstance(value, int | float | str)}
+        print(json.dumps(shown)[:200], file=sys.stderr, flush=True)
 
 
 def figures(said: list[dict[str, Any]], log: list[str]) -> dict[str, Any]:

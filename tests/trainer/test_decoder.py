@@ -1,7 +1,8 @@
 """The decoder answers as a model that reads each whole row alone, without a cache."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_recorded_steps_answer_as_others_do(llama: Any, monkeypatch: pytest.Monk
     assert answer(llama, PROMPTS, recorder=lambda: recorder) == [alone(llama, prompt) for prompt in PROMPTS]
     assert recorder.recorded > 1
     assert recorder.replayed > recorder.recorded
+
+
+def test_batches_with_room_for_the_same_prompts_share_what_is_recorded(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "REACH", {"cpu": 16})
+    wanted = [alone(llama, prompt) for prompt in PROMPTS]
+    recorder = OpRecorder()
+    made = Decoder(llama, STOPS, LIMIT, recorder=lambda: recorder)
+    longest, slowest = max(map(len, PROMPTS)), max(range(len(PROMPTS)), key=lambda i: len(wanted[i]))
+    with torch.no_grad():
+        made.answer([PROMPTS[slowest]], longest)
+        recorded = recorder.recorded
+        assert [made.answer([prompt], longest)[0] for prompt in PROMPTS] == wanted
+        assert recorder.recorded == recorded > 1
+        made.answer([PROMPTS[0]])
+        assert recorder.recorded > recorded
 
 
 def test_few_steps_are_not_recorded(llama: Any) -> None:
@@ -214,6 +232,40 @@ def test_every_technique_is_answered_by_the_decoder(tmp_path: Path, tiny: Path, 
     assert t.objective.training
 
 
+@pytest.mark.parametrize(("most", "timed"), [(60.0, 4), (0.0, 1)])
+def test_answers_are_timed_one_by_one_until_they_have_taken_long(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, most: float, timed: int
+) -> None:
+    """One more answer is not timed: what its steps are recorded for is used by the others."""
+    rows = [chat(i) for i in range(4)]
+    t = prepare(
+        lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=20)), rows),
+        MessageWriter(None),
+        StopSignal(),
+    )
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
+    answered: list[tuple[list[list[int]], int]] = []
+    answer, counts = Decoder.answer, list[int]()
+
+    def noted(made: Decoder, prompts: list[list[int]], longest: int = 0) -> list[list[int]]:
+        answered.append((prompts, longest))
+        return answer(made, prompts, longest)
+
+    @contextmanager
+    def counted(count: int) -> Iterator[None]:
+        counts.append(count)
+        yield
+
+    monkeypatch.setattr(Decoder, "answer", noted)
+    monkeypatch.setattr(Decoder, "records", True)
+    seconds = answers.seconds_alone(t, asked, 20, base=False, most=most, around=counted)
+    assert len(seconds) == len(counts) == timed
+    assert min(seconds) > 0
+    longest = max(len(question.prompt_ids) for question in asked)
+    assert answered == [([question.prompt_ids], longest) for question in [asked[0], *asked[:timed]]]
+    assert t.objective.training
+
+
 def test_four_bit_weights_are_unpacked_once_where_memory_allows(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +301,7 @@ def test_nothing_is_kept_of_an_evaluation_that_ends_early(
     )
     asked = answers.questions(t.template, [Example.model_validate(chat(i)) for i in range(4)])
 
-    def ending(_decoder: Decoder, _prompts: list[list[int]]) -> Any:
+    def ending(_decoder: Decoder, *_: Any) -> Any:
         raise end
 
     monkeypatch.setattr(Decoder, "answer", ending)

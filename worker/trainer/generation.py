@@ -50,19 +50,25 @@ class Greedy:
         """Returns how many of the next prompts, sorted by length, share the next batch."""
         return (self._decoder or self._plain).batch_size(lengths)
 
-    def answer(self, prompts: Prompts) -> list[list[int]]:
+    def answer(self, prompts: Prompts, longest: int = 0) -> list[list[int]]:
         """Returns the ids after each prompt, at most `limit`, each with the stop token that ended it.
 
-        Raises torch.OutOfMemoryError.
+        `longest`: tokens of the longest prompt of several batches, for which a `Decoder` prepares. Raises
+        torch.OutOfMemoryError.
         """
         if self._decoder is not None:
             try:
-                return self._decoder.answer(prompts)
+                return self._decoder.answer(prompts, longest)
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:  # noqa: BLE001  whatever it is, transformers can still answer
                 self._fall_back(failure)
         return self._plain.answer(prompts)
+
+    @property
+    def records(self) -> bool:
+        """Whether decoding steps are recorded, for which the first batch takes longer."""
+        return self._decoder is not None and self._decoder.records
 
     def halve(self, rows: int) -> bool:
         """Allows half as many rows, after a batch of `rows` had too little memory; returns whether it had several."""

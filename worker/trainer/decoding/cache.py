@@ -52,7 +52,11 @@ class Cache:
         return sum(part.nbytes for part in chain(self.keys, self.values))
 
     def allocate(self, slots: int, positions: int) -> None:
-        """Replaces all slots by new ones."""
+        """Replaces all slots by empty ones, in the same memory if they have the same shape."""
+        if self.keys and self.keys[0].shape[::2] == (slots, positions):
+            for part in chain(self.keys, self.values):
+                part.zero_()
+            return
         self.clear()
         # Zeros: what no row has written is masked, and a masked NaN would still be a NaN after the product.
         self.keys = [_zeros(keys, slots, positions) for keys, _ in self._empty]

@@ -99,6 +99,11 @@ class Decoder:
             count, total = count + 1, total + longest
         return count
 
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded, for which the first batch takes longer."""
+        return self._graphs is not None and not self._graphs.is_broken
+
     def close(self) -> None:
         """Frees the memory of keys, values, graphs and unpacked weights."""
         adapters.pack(self._causal, self._unpacked)
@@ -109,17 +114,18 @@ class Decoder:
         if self._kind == "cuda":
             torch.cuda.empty_cache()
 
-    def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+    def answer(self, prompts: list[list[int]], longest: int = 0) -> list[list[int]]:
         """Returns the likeliest ids after each prompt, at most `limit`, each with the stop token that ended it.
 
-        Raises Differs if the first batch's logits are not those of plain passes.
+        `longest`: tokens of the longest prompt of several batches, which then share slots and graphs. Raises Differs if
+        the first batch's logits are not those of plain passes.
         """
-        self._cache.allocate(len(prompts), self._positions(max(map(len, prompts))))
+        longest = max(longest, *map(len, prompts))
+        self._cache.allocate(len(prompts), self._positions(longest))
         with passes.attending(self._causal, grouped_attention.NAME):
-            return self._decode(prompts)
+            return self._decode(prompts, longest)
 
-    def _decode(self, prompts: list[list[int]]) -> list[list[int]]:
-        longest = max(map(len, prompts))
+    def _decode(self, prompts: list[list[int]], longest: int) -> list[list[int]]:
         read = self._read(prompts)
         tokens = read.argmax(dim=-1, keepdim=True)
         positions = torch.tensor([[len(prompt)] for prompt in prompts], device=tokens.device)

@@ -89,15 +89,13 @@ def _questions(folder: Path, template: ChatTemplate, variant: Variant) -> list[Q
 def _ask(t: Training, variant: Variant, asked: list[Question], done: _Progress, *, tuned: bool) -> Measured:
     limit = answers.token_limit(t.plan.evaluation, asked)
 
-    def answer(some: list[Question]) -> list[str]:
-        return answers.generate_counted(t, some, limit, base=not tuned, around=done.count)
-
-    texts = answer(asked)
+    how: dict[str, Any] = {"base": not tuned, "around": done.count}
+    texts = answers.generate_counted(t, asked, limit, **how)
     figures: dict[str, Any] = {
         "device": hardware.device_name(t.device),
         "prompt_tokens": _mean([len(question.prompt_ids) for question in asked]),
         "answer_tokens": _mean([latency.count_tokens(t, text) for text in texts]),
-        "p50_seconds": latency.median_seconds(asked, lambda one: answer([one]), rows=TIMED_ROWS),
+        "p50_seconds": latency.median_seconds(t, asked, limit, rows=TIMED_ROWS, **how),
     }
     return _score(variant, asked, texts).model_copy(update=figures), _rows(variant, asked, texts)
 

@@ -1,6 +1,7 @@
 """Makes questions of test rows, and generates a model's greedy answers to them."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from worker.trainer import generation
 from worker.trainer.decoding import decoder
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
+
+Around = Callable[[int], AbstractContextManager[None]]
+"""Returns the context in which a batch of so many rows is answered."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,36 @@ def generate_ids(t: Training, asked: list[Question], *, base: bool) -> list[list
     return _answer(t, asked, base=base, stop_signal=t.stop_signal, around=announced)
 
 
-def generate_counted(
-    t: Training, asked: list[Question], limit: int, *, base: bool, around: Callable[[int], AbstractContextManager[None]]
-) -> list[str]:
+def generate_counted(t: Training, asked: list[Question], limit: int, *, base: bool, around: Around) -> list[str]:
     """Returns greedy answers of at most `limit` tokens. Each batch runs inside `around`, given its number of rows."""
     return texts(t, _answer(t, asked, base=base, stop_signal=t.stop_signal, around=around, limit=limit))
+
+
+def seconds_alone(
+    t: Training,
+    asked: list[Question],
+    limit: int,
+    *,
+    base: bool,
+    most: float,
+    around: Around,
+) -> list[float]:
+    """Returns the seconds of greedy answers, of at most `limit` tokens, to questions that the main rank asks one after
+    the other, until these have taken `most` seconds; nothing on other ranks. Raises Stopped between two.
+    """
+    mine = [question.prompt_ids for question in asked] if t.ranks.is_main else []
+    longest, found = max(map(len, mine), default=0), list[float]()
+    with _answering(t, limit, against_decoder(t), base=base) as greedy:
+        if mine and greedy.records:
+            greedy.answer(mine[:1], longest)  # records steps, as the others then find them
+        for _ in t.ranks.turns(t.stop_signal, lambda: len(found) < len(mine) and (not found or sum(found) < most)):
+            if len(found) == len(mine):
+                continue  # the main rank is not done
+            began = time.perf_counter()
+            with around(1):
+                greedy.answer([mine[len(found)]], longest)
+            found.append(time.perf_counter() - began)
+    return found
 
 
 def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
@@ -107,28 +136,19 @@ def _answer(
     *,
     base: bool,
     stop_signal: StopSignal,
-    around: Callable[[int], AbstractContextManager[None]],
+    around: Around,
     limit: int | None = None,
 ) -> list[list[int]]:
     """Returns the ids of all ranks' answers. Each batch runs inside `around`, which gets its number of rows.
 
     `limit`: the most tokens of an answer; None: by the longest wanted one.
     """
-    model: Any = t.objective.model
-    without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
     mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
     mine.sort(key=lambda i: len(asked[i].prompt_ids))  # similar lengths together: padding costs time
     given: list[tuple[int, list[int]]] = []
     limit = token_limit(t.plan.evaluation, asked) if limit is None else limit
-    t.objective.eval()
-    # The time of an answer alone is measured, of which preparing a decoder would be a part.
-    against = "one answer alone" if len(mine) <= 1 else against_decoder(t)
-    with (
-        torch.no_grad(),
-        without_adapter,
-        t.objective.computing(),
-        closing(generation.Greedy(t.objective.causal, t.template, limit, against)) as greedy,
-    ):
+    against = "one answer alone, for which preparing takes longer" if len(mine) <= 1 else against_decoder(t)
+    with _answering(t, limit, against, base=base) as greedy:
         for _ in t.ranks.turns(stop_signal, lambda: len(given) < len(mine)):
             if len(given) == len(mine):
                 continue  # other ranks are not done
@@ -143,8 +163,23 @@ def _answer(
                     raise
         if len(mine) > 1:
             t.objective.against_decoder = greedy.against
-    t.objective.train()
     return [ids for _, ids in sorted(itertools.chain(*t.ranks.gather(given)))]
+
+
+@contextmanager
+def _answering(t: Training, limit: int, against: str | None, *, base: bool) -> Iterator[generation.Greedy]:
+    """Yields what generates answers of at most `limit` tokens; `against`: why no `Decoder` is used."""
+    model: Any = t.objective.model
+    without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
+    t.objective.eval()
+    with (
+        torch.no_grad(),
+        without_adapter,
+        t.objective.computing(),
+        closing(generation.Greedy(t.objective.causal, t.template, limit, against)) as greedy,
+    ):
+        yield greedy
+    t.objective.train()
 
 
 def against_decoder(t: Training) -> str | None:
