@@ -23,7 +23,7 @@ from worker.trainer.decoding import graphs as decode_graphs
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.decoder import Decoder
 from worker.trainer.decoding.ties import tie
-from worker.trainer.kernels import attention, projections
+from worker.trainer.kernels import attention, cached_attention, projections
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
@@ -175,37 +175,38 @@ def test_what_all_prompts_begin_with_is_read_once(llama: Any, monkeypatch: pytes
     assert read_tokens == 24 + sum(len(prompt) - 1 for prompt in PROMPTS)
 
 
-def test_a_batch_is_as_large_as_memory_and_its_padding_allow(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_as_large_as_memory_allows(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Decoder(llama, STOPS, 8)
     position = made._cache.bytes_a_position
     assert made.batch_size([10] * 40) == decoder.MOST_ROWS["cpu"]
-    made._weights = 100 * position
-    assert made.batch_size([10, 10, 60, 60]) == 4  # 50 positions of padding for each of the first two
-    assert made.batch_size([10, 10, 61, 61]) == 2
     monkeypatch.setattr(made, "_room", lambda: 3 * 24 * position)
     assert made.batch_size([10] * 40) == 3
     assert made.batch_size([100, 100]) == 1  # a row alone is tried whatever the room
 
 
-@pytest.mark.parametrize("fault", ["mask", "positions", "raises"])
+@pytest.mark.parametrize("fault", ["lengths", "positions", "raises"])
 def test_a_model_that_differs_is_left_to_transformers(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     model, template = read(tiny), ChatTemplate.load(tiny)
     wanted = generation.Greedy(model, template, 12, "by transformers").answer(PROMPTS)
-    visible, place = Cache.visible, Cache.place_packed
+    attend, place = cached_attention.attend, Cache.place_packed
 
-    def wrong_mask(cache: Cache, window: int | None) -> Tensor:
+    def wrong_lengths(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *rest: Any) -> Tensor:
         if fault == "raises":
             raise ValueError("a fault of any kind\nmore")
-        return visible(cache, window).roll(1, dims=-1)
+        return attend(query, keys, values, lengths - 2, *rest)
 
     def wrong_positions(cache: Cache, *args: Any) -> Any:
         positions, borders = place(cache, *args)
         return positions + torch.arange(positions.shape[1]), borders
 
     monkeypatch.setattr(
-        *((Cache, "place_packed", wrong_positions) if fault == "positions" else (Cache, "visible", wrong_mask))
+        *(
+            (Cache, "place_packed", wrong_positions)
+            if fault == "positions"
+            else (cached_attention, "attend", wrong_lengths)
+        )
     )
     greedy = generation.Greedy(model, template, 12)
     with torch.no_grad(), caplog.at_level(logging.WARNING):

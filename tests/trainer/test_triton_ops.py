@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.trainer.kernels import adamw, attention, cross_entropy, elementwise
+from worker.trainer.kernels import adamw, attention, cached_attention, cross_entropy, elementwise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -158,3 +158,37 @@ def test_rows_attend_to_themselves_alone(heads: int, fewer: int, width: int, win
 
 def test_adamw_in_one_pass() -> None:
     assert adamw.agrees(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(32, 32), (32, 8), (9, 3), (6, 1), (1, 1)])
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize(("rows", "window"), [(2, None), (2, 100), (70, None), (70, 7)])
+def test_attention_of_a_token_over_its_own_positions(
+    heads: int, key_heads: int, width: int, rows: int, window: int | None
+) -> None:
+    """Also where the other positions, and those of other slots, hold NaN; of few rows, in several parts."""
+    positions = 600
+    lengths = torch.randint(1, positions + 1, (rows,), device="cuda")
+    lengths[:2] = torch.tensor([1, positions])
+    query = torch.randn(rows, heads, width, dtype=torch.bfloat16, device="cuda")
+    cache = torch.randn(2, rows + 2, key_heads, positions + 40, width, dtype=torch.bfloat16, device="cuda")
+    keys, values = cache[:, 1:-1, :, :positions]
+    wanted = cached_attention.plain(query.double(), keys.double(), values.double(), lengths, 0.1, window)
+    own = torch.arange(positions, device="cuda") < lengths[:, None]
+    for part in (keys, values):
+        part.masked_fill_(~own[:, None, :, None], torch.nan)
+    cache[:, 0], cache[:, -1], cache[..., positions:, :] = torch.nan, torch.nan, torch.nan
+    same(cached_attention.attend(query, keys, values, lengths, 0.1, window), wanted)
+
+
+def test_attention_over_the_cache_is_recorded_with_lengths_that_change() -> None:
+    query, keys = (torch.randn(4, *shape, dtype=torch.bfloat16, device="cuda") for shape in ((8, 64), (2, 900, 64)))
+    lengths = torch.full((4,), 3, device="cuda")
+    cached_attention.attend(query, keys, keys, lengths, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cached_attention.attend(query, keys, keys, lengths, 0.1)
+    for length in (1, 500, 900):
+        lengths.fill_(length)
+        graph.replay()
+        same(found, cached_attention.plain(query, keys, keys, lengths, 0.1))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.trainer import experts, grouped_attention, rope
+from worker.trainer import experts, rope
 from worker.trainer.decoding import passes
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.graphs import DecodeGraphs, Recorder, recorder_for
@@ -77,7 +77,6 @@ class Decoder:
         self._kind: str = causal.device.type
         self._cache = Cache(causal)
         self._passes = Passes(causal, self._cache)
-        self._weights: int = sum(part.nbytes for part in causal.parameters())
         self.most_rows = MOST_ROWS[self._kind]
         self._is_verified = False
         recorder = recorder or recorder_for(causal)
@@ -86,17 +85,12 @@ class Decoder:
         self._unpacked = adapters.unpack(causal, self._room() // 2)
 
     def batch_size(self, lengths: Sequence[int]) -> int:
-        """Returns how many of the next prompts, sorted by length, are answered together: as many as have room, until
-        reading their padding takes longer than reading the weights once more.
-        """
-        room, count, total = self._room(), 1, lengths[0]
+        """Returns how many of the next prompts, sorted by length, are answered together: as many as have room."""
+        room, count = self._room(), 1
         for longest in lengths[1 : self.most_rows]:
-            wasted = longest * (count + 1) - total - longest
             if (count + 1) * self._positions(longest) * self._cache.bytes_a_position > room:
                 break
-            if wasted * self._cache.bytes_a_position > self._weights:
-                break
-            count, total = count + 1, total + longest
+            count += 1
         return count
 
     @property
@@ -122,10 +116,6 @@ class Decoder:
         """
         longest = max(longest, *map(len, prompts))
         self._cache.allocate(len(prompts), self._positions(longest))
-        with passes.attending(self._causal, grouped_attention.NAME):
-            return self._decode(prompts, longest)
-
-    def _decode(self, prompts: list[list[int]], longest: int) -> list[list[int]]:
         read = self._read(prompts)
         tokens = read.argmax(dim=-1, keepdim=True)
         positions = torch.tensor([[len(prompt)] for prompt in prompts], device=tokens.device)

@@ -10,11 +10,11 @@ from transformers import AttentionInterface
 
 from worker.trainer import grouped_attention, rope
 from worker.trainer.decoding.cache import Cache
-from worker.trainer.kernels import attention
+from worker.trainer.kernels import attention, cached_attention
 
 BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
 ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
-_PACKED = "packed_rows"
+_PACKED, _ONE_TOKEN = "packed_rows", "one_token"
 
 
 def are_known(model: Any) -> bool:
@@ -36,7 +36,10 @@ class Passes:
         the first `reach` positions are read.
         """
         self._cache.place_all(positions, reach)
-        return self.read(tokens, positions)
+        with attending(self._model, _ONE_TOKEN):
+            return self._logits(
+                tokens, positions, self._no_mask(positions), logits_to_keep=1, lengths=positions[:, 0] + 1
+            )[:, -1]
 
     def read(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Returns the logits [rows, vocabulary] after the last token of each row of a pass that has been placed."""
@@ -49,10 +52,14 @@ class Passes:
         positions, borders = self._cache.place_packed(first, [len(row) for row in rows], prefix)
         ids = torch.tensor([[token for row in rows for token in row]], device=positions.device)
         assert borders.ends is not None
-        # Of four axes, so that transformers passes it on unchanged. Attention reads the borders instead.
-        mask = self._each(lambda _: positions.new_zeros(1, 1, 1, 1))
         with attending(self._model, _PACKED):
-            return self._logits(ids, positions, mask, logits_to_keep=borders.ends[1:] - 1, borders=borders)[0]
+            return self._logits(
+                ids, positions, self._no_mask(positions), logits_to_keep=borders.ends[1:] - 1, borders=borders
+            )[0]
+
+    def _no_mask(self, positions: Tensor) -> Mapping[str, Tensor] | Tensor:
+        """Returns masks for attention that does not read them: of four axes, so that transformers passes them on."""
+        return self._each(lambda _: positions.new_zeros(1, 1, 1, 1))
 
     def _logits(self, ids: Tensor, positions: Tensor, masks: Any, **options: Any) -> Tensor:
         logits: Tensor = self._model(
@@ -105,4 +112,14 @@ def _packed(
     return attend(query, key, value, borders, scaling, sliding_window)[None], None
 
 
+def _one_token(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, lengths: Tensor,
+    sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Computes attention of a token of each row; the signature is that of transformers' attention functions."""
+    tokens = query[:, :, 0].to(value.dtype)  # in autocast, rotated queries are wider than values
+    return cached_attention.attend(tokens, key, value, lengths, scaling, sliding_window)[:, None], None
+
+
 AttentionInterface.register(_PACKED, _packed)
+AttentionInterface.register(_ONE_TOKEN, _one_token)
