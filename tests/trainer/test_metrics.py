@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worker.trainer.scoring import matching, metrics, text
+from worker.trainer.scoring import intervals, matching, metrics, text
 from worker.trainer.scoring.answers import Question
 from worker.trainer.scoring.intervals import bootstrap_interval, mcnemar, paired_interval
 from worker.trainer.scoring.matching import matches
@@ -198,7 +198,7 @@ def test_mcnemar_is_a_binomial_test(only_first: int, only_second: int, p: float)
     assert mcnemar(only_first, only_second) == mcnemar(only_second, only_first) == pytest.approx(p)
 
 
-def test_bootstrap_is_seeded_paired_and_as_wide_as_the_normal_interval() -> None:
+def test_bootstrap_is_seeded_paired_and_as_wide_as_the_normal_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(5)
     base = [(random.random(), 1.0) for _ in range(400)]
     noise = [random.gauss(0.1, 0.05) for _ in base]
@@ -212,6 +212,8 @@ def test_bootstrap_is_seeded_paired_and_as_wide_as_the_normal_interval() -> None
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), rel=0.03)
     assert (low, high) == bootstrap_interval(tuned, base)
     assert (low, high) != bootstrap_interval(tuned, base, seed=1)
+    monkeypatch.setattr(intervals, "_INDEXES", 7 * len(base))  # however many rows are drawn at once
+    assert bootstrap_interval(tuned, base) == pytest.approx((low, high), rel=1e-12)
 
 
 def test_bootstrap_of_shares_agrees_with_newcombes_interval() -> None:

@@ -145,7 +145,7 @@ class Decoder:
         if self._kind == "cpu":
             return 4 * 2**30
         free = free_bytes(self._causal.device) + self._cache.nbytes  # which the next batch's replaces
-        return int(0.75 * free) - 2 * 2**30
+        return int(0.9 * free) - 2 * 2**30
 
     def _read(self, prompts: list[list[int]]) -> Tensor:
         """Returns the logits [rows, vocabulary] after each prompt."""
