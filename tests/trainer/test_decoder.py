@@ -111,9 +111,9 @@ def test_batches_with_room_for_the_same_prompts_share_what_is_recorded(
     wanted = [alone(llama, prompt) for prompt in PROMPTS]
     recorder = OpRecorder()
     made = Decoder(llama, STOPS, LIMIT, recorder=lambda: recorder)
-    longest, slowest = max(map(len, PROMPTS)), max(range(len(PROMPTS)), key=lambda i: len(wanted[i]))
+    longest = max(map(len, PROMPTS))
     with torch.no_grad():
-        made.answer([PROMPTS[slowest]], longest)
+        made.record(PROMPTS[0], longest)
         recorded = recorder.recorded
         assert [made.answer([prompt], longest)[0] for prompt in PROMPTS] == wanted
         assert recorder.recorded == recorded > 1
@@ -237,7 +237,7 @@ def test_every_technique_is_answered_by_the_decoder(tmp_path: Path, tiny: Path, 
 def test_answers_are_timed_one_by_one_until_they_have_taken_long(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, most: float, timed: int
 ) -> None:
-    """One more answer is not timed: what its steps are recorded for is used by the others."""
+    """What their steps need is recorded before."""
     rows = [chat(i) for i in range(4)]
     t = prepare(
         lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=20)), rows),
@@ -245,11 +245,12 @@ def test_answers_are_timed_one_by_one_until_they_have_taken_long(
         StopSignal(),
     )
     asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
-    answered: list[tuple[list[list[int]], int]] = []
+    done: list[tuple[str, list[int], int]] = []
     answer, counts = Decoder.answer, list[int]()
 
     def noted(made: Decoder, prompts: list[list[int]], longest: int = 0) -> list[list[int]]:
-        answered.append((prompts, longest))
+        assert len(prompts) == 1
+        done.append(("answer", prompts[0], longest))
         return answer(made, prompts, longest)
 
     @contextmanager
@@ -258,12 +259,13 @@ def test_answers_are_timed_one_by_one_until_they_have_taken_long(
         yield
 
     monkeypatch.setattr(Decoder, "answer", noted)
-    monkeypatch.setattr(Decoder, "records", True)
+    monkeypatch.setattr(Decoder, "record", lambda _, prompt, longest: done.append(("record", prompt, longest)))
     seconds = answers.seconds_alone(t, asked, 20, base=False, most=most, around=counted)
     assert len(seconds) == len(counts) == timed
     assert min(seconds) > 0
     longest = max(len(question.prompt_ids) for question in asked)
-    assert answered == [([question.prompt_ids], longest) for question in [asked[0], *asked[:timed]]]
+    prompts = [question.prompt_ids for question in asked]
+    assert done == [("record", prompts[0], longest), *(("answer", prompt, longest) for prompt in prompts[:timed])]
     assert t.objective.training
 
 

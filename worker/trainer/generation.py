@@ -65,10 +65,15 @@ class Greedy:
                 self._fall_back(failure)
         return self._plain.answer(prompts)
 
-    @property
-    def records(self) -> bool:
-        """Whether decoding steps are recorded, for which the first batch takes longer."""
-        return self._decoder is not None and self._decoder.records
+    def record(self, prompt: list[int], longest: int) -> None:
+        """Prepares for answers to one prompt of at most `longest` tokens at a time."""
+        if self._decoder is not None:
+            try:
+                self._decoder.record(prompt, longest)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as failure:  # noqa: BLE001  whatever it is, transformers can still answer
+                self._fall_back(failure)
 
     def halve(self, rows: int) -> bool:
         """Allows half as many rows, after a batch of `rows` had too little memory; returns whether it had several."""

@@ -93,11 +93,6 @@ class Decoder:
             count += 1
         return count
 
-    @property
-    def records(self) -> bool:
-        """Whether steps are recorded, for which the first batch takes longer."""
-        return self._graphs is not None and not self._graphs.is_broken
-
     def close(self) -> None:
         """Frees the memory of keys, values, graphs and unpacked weights."""
         adapters.pack(self._causal, self._unpacked)
@@ -135,6 +130,21 @@ class Decoder:
             unread.append(tokens)
         answers.add(unread)
         return answers.found
+
+    def record(self, prompt: list[int], longest: int) -> None:
+        """Records the steps of any answer to one prompt of at most `longest` tokens: no answer takes longer for it.
+
+        Raises Differs as `answer` does.
+        """
+        if self._graphs is None:
+            return
+        self._cache.allocate(1, self._positions(longest))
+        read = self._read([prompt])
+        tokens, positions = read.argmax(dim=-1, keepdim=True), torch.full((1, 1), len(prompt), device=read.device)
+        for step in range(1, self._limit, REACH[self._kind]):  # the token is read again: what counts is how far
+            logits = self._step(tokens, positions, longest, step)
+            if not self._is_verified:
+                self._verify([prompt], tokens, read, logits)
 
     def _positions(self, longest: int) -> int:
         """Returns the positions of a slot for prompts of at most `longest` tokens."""

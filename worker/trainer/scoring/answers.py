@@ -109,10 +109,10 @@ def seconds_alone(
     """
     mine = [question.prompt_ids for question in asked] if t.ranks.is_main else []
     longest, found = max(map(len, mine), default=0), list[float]()
-    over = time.perf_counter() + most
     with _answering(t, limit, against_decoder(t), base=base) as greedy:
-        if mine and greedy.records:
-            greedy.answer(mine[:1], longest)  # records steps, as the others then find them
+        if mine:
+            greedy.record(mine[0], longest)
+        over = time.perf_counter() + most
         for _ in t.ranks.turns(
             t.stop_signal, lambda: len(found) < len(mine) and (not found or time.perf_counter() < over)
         ):
