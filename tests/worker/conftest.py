@@ -5,16 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rows
 import tiny_models
 from cloned_databases import Database
 from fastapi.testclient import TestClient
-from workshop import MODEL_INFO, QUICK, Workshop
+from workshop import MODEL_INFO, QUICK, Workshop, training_rows
 
 from api.main import create_app
+from tunery.jobs.leases import Lease
 from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.settings import Settings
 from tunery.storage import open_storage
+from worker.io import validation
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +40,17 @@ def workshop(
     yield shop
     shop.stop()
     shop.until(lambda: not shop.trainers(), "no trainer is left", seconds=10)
+
+
+@pytest.fixture
+def lease(workshop: Workshop) -> Lease:
+    """Returns the lease of a validated job that this process has claimed."""
+    workshop.submit(workshop.file(training_rows(12)))
+    assert validation.validate_next(workshop.settings, workshop.storage)
+    with workshop.session() as session:
+        claimed = rows.claim(session)
+    assert claimed is not None
+    return claimed
 
 
 @pytest.fixture

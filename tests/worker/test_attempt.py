@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import rows
 from sqlalchemy import select, update
-from workshop import Workshop, training_rows
+from workshop import Workshop
 
 from tunery import trainer_protocol as protocol
 from tunery.jobs import leases, ledger
@@ -15,7 +15,6 @@ from tunery.jobs.leases import Lease
 from tunery.jobs.model import Attempt, Checkpoint, Job, Metric
 from tunery.models.model import Model
 from tunery.planning.quote import Actual, Quote
-from worker.io import validation
 from worker.supervisor import attempt, staging
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import LeaseKeeper
@@ -27,17 +26,6 @@ NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1,
  "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "wanted": "", "tuned": ""}],
  "labels": {"\\u0000": {"rows": 1, "base": 0, "tuned": 1}}}"""
 """A message in which an escaped backslash before `u0000` is text, and NUL is alone, after a backslash and in a key."""
-
-
-@pytest.fixture
-def lease(workshop: Workshop) -> Lease:
-    """Returns the lease of a validated job that this process has claimed."""
-    workshop.submit(workshop.file(training_rows(12)))
-    assert validation.validate_next(workshop.settings, workshop.storage)
-    with workshop.session() as session:
-        claimed = rows.claim(session)
-    assert claimed is not None
-    return claimed
 
 
 STEP = protocol.Step(

@@ -1,7 +1,9 @@
 """Jobs from their submission to their model, through real workers and a real trainer."""
 
 import json
+from contextlib import suppress
 
+import psutil
 import pytest
 from sqlalchemy import select
 from workshop import Workshop, training_rows
@@ -10,6 +12,7 @@ from tunery.artifacts import manifest
 from tunery.artifacts.model import Artifact
 from tunery.datasets.model import File
 from tunery.jobs.model import Checkpoint, HostDevice, Job, JobEvent, Metric
+from tunery.jobs.states import FINAL
 from tunery.models.model import Model
 from tunery.planning.quote import Actual, Quote
 from tunery.trainer_protocol import Score, Served
@@ -28,8 +31,10 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
         hyperparameters={"n_epochs": 4, "batch_size": 4}, evaluation={"task_rows": 2},
     )  # fmt: skip
 
+    checks = _checks_until_the_end(workshop, job_id)
     job = workshop.until_state(job_id, "succeeded")
 
+    assert checks == [["--wait"]], "the model was checked by the process that waited for it"
     assert (job.step, job.total_steps, job.failures, job.phase) == (12, 12, 0, None)
     assert job.trained_tokens
     assert job.finished_at is not None
@@ -53,6 +58,22 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     workshop.until(lambda: [path.name for path in left.iterdir()] == ["log.txt"], "a tidy run directory")
     (device,) = _devices(workshop)
     assert (device.gpu_index, device.memory_bytes > 2**28) == (None, True)
+
+
+def _checks_until_the_end(workshop: Workshop, job_id: str) -> list[list[str]]:
+    """Returns the arguments of each process that was to check the job's model, in the order of their start."""
+    found: dict[int, list[str]] = {}
+
+    def has_ended() -> bool:
+        for process in workshop.trainers():
+            with suppress(psutil.NoSuchProcess):
+                command = process.cmdline()
+                if "worker.server.parity" in command:
+                    found[process.pid] = command[3:]
+        return workshop.job(job_id).state in FINAL
+
+    workshop.until(has_ended, f"the end of {job_id}")
+    return list(found.values())
 
 
 def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> None:

@@ -1,7 +1,10 @@
 """The check that the model server, on the files of a run, answers as the run's evaluation did."""
 
+import gc
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +201,13 @@ def test_answers_on_a_gpu_are_equal_up_to_ties(tmp_path: Path, technique: Techni
     run = _train(tmp_path / "run", tiny_models.llama(tmp_path / "base", bf16=True), technique)
     found = parity.check(run, 64, 64, "cuda")
     assert (found.status, found.precision) == ("equal", "bfloat16"), found.summary
+
+
+def test_a_check_that_waits_ends_with_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["parity", "--wait"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    try:
+        assert parity.main() == 0
+    finally:
+        gc.unfreeze()

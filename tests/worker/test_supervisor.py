@@ -103,6 +103,21 @@ def test_a_conversion_that_breaks_says_why_in_one_line(tmp_path: Path, monkeypat
     assert reason == "The conversion failed: ValueError: no such tensor. The worker's log has the details."
 
 
+def test_a_program_that_is_not_watched_any_more_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "worker").mkdir()
+    script = "import os, time\nopen('pid', 'w').write(f'{os.getpid()}.')\ntime.sleep(600)"
+    (tmp_path / "worker/long.py").write_text(script)
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
+
+    def fail_once_it_runs() -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        programs.run(["worker.long"], tmp_path, Drain(), what="conversion", watch=fail_once_it_runs)
+    assert not processes.is_alive(int((tmp_path / "pid").read_text()[:-1]))
+
+
 def test_a_stray_line_that_cannot_be_written_down_does_not_end_the_listening(
     stand_in: Callable[[str], process_.Trainer], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Runs programs on a folder for a worker: starts and watches them, and ends them with the worker."""
 
+import json
 import logging
 import shutil
 import signal
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunery.db import UNREACHABLE
@@ -58,6 +59,68 @@ def _broken_work(doing: str, subject: str, fail: Callable[[Exception], object]) 
         fail(error)
 
 
+class Program:
+    """A process of `python -m ARGUMENTS`, which works in `folder`; its standard error is `errors.txt` there.
+
+    One that `waits` imports what it needs and reads its work from standard input. Start it from a thread that outlives
+    it: Linux ends it with the thread that spawned it.
+    """
+
+    def __init__(
+        self, arguments: list[str], folder: Path, variables: dict[str, str] | None = None, *, waits: bool = False
+    ) -> None:
+        self._errors = folder / "errors.txt"
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                cwd=ROOT,
+                env=environment((), str(folder)) if variables is None else variables,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(signal.SIGKILL),
+            )
+
+    def begin(self, arguments: list[str]) -> bool:
+        """Gives a waiting process its arguments; returns False if it has ended before."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(json.dumps(arguments).encode() + b"\n")
+            pipe.flush()
+            return True
+        return False
+
+    def outcome(
+        self,
+        drain: Drain,
+        *,
+        what: str,
+        watch: Callable[[], object] = lambda: None,
+        seconds: float | None = None,
+        too_slow: str = "Split the file.",
+    ) -> str | None:
+        """Waits for the end of the process; returns why it failed, or None. See `run`."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        is_late = False
+        while (status := _status(self._process)) is None:
+            watch()
+            is_late = deadline is not None and time.monotonic() > deadline
+            if drain.begun or is_late:
+                self._process.kill()
+        if is_late and status != 0 and seconds is not None:
+            return f"The {what} took more than {seconds // 60:.0f} minutes. {too_slow}"
+        return None if status == 0 else _reason(status, self._errors, what)
+
+    def end(self) -> None:
+        """Kills the process unless it has ended."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+
 def run(
     arguments: list[str],
     folder: Path,
@@ -74,33 +137,11 @@ def run(
     The program is ended when the worker shuts down, or after `seconds`, if given; `too_slow` says what to change then.
     `watch` is called twice a second; if it raises, the program is killed.
     """
-    errors_path = folder / "errors.txt"
-    deadline = None if seconds is None else time.monotonic() + seconds
-    is_late = False
-    with errors_path.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            cwd=ROOT,
-            env=environment((), str(folder)) if variables is None else variables,
-            start_new_session=True,
-            preexec_fn=dies_with_parent(signal.SIGKILL),
-        )
-        try:
-            while (status := _status(process)) is None:
-                watch()
-                is_late = deadline is not None and time.monotonic() > deadline
-                if drain.begun or is_late:
-                    process.kill()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    if is_late and status != 0 and seconds is not None:
-        return f"The {what} took more than {seconds // 60:.0f} minutes. {too_slow}"
-    return None if status == 0 else _reason(status, errors_path, what)
+    program = Program(arguments, folder, variables)
+    try:
+        return program.outcome(drain, what=what, watch=watch, seconds=seconds, too_slow=too_slow)
+    finally:
+        program.end()
 
 
 def _status(process: subprocess.Popen[bytes]) -> int | None:

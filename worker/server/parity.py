@@ -3,8 +3,11 @@
 Reads `greedy.jsonl`, and the base and artifact of the run directory as the model server reads them from storage. It is
 a separate process: nothing of the run is in its memory, and the run's GPU is free. Writes `served.json` to the
 artifact, and a section of its README. A difference, or a model that cannot be loaded, is a result and not an error.
+With `--wait` it imports what it needs, then reads its arguments, a JSON array, from standard input; until then the
+trainer is running, and this process uses neither its GPU nor its files.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -227,15 +230,22 @@ def write(found: Served, artifact: Path) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) != 4:
-        sys.stderr.write("usage: python -m worker.server.parity RUN_DIR ROWS TOKENS\n")
+    arguments = sys.argv[1:]
+    if len(arguments) != 3 and arguments != ["--wait"]:
+        sys.stderr.write("usage: python -m worker.server.parity (RUN_DIR ROWS TOKENS | --wait)\n")
         return 2
     os.environ["HF_HUB_OFFLINE"] = "1"
     disable_progress_bar()
     plugins.load(plugins.names(), "server")
-    run_dir = Path(sys.argv[1])
+    gc.freeze()  # else Python looks for garbage in all that was imported when it ends, which takes 2 s
+    if arguments == ["--wait"]:
+        line = sys.stdin.readline()
+        if not line.endswith("\n"):  # the worker has ended
+            return 0
+        arguments = json.loads(line)
+    run_dir, rows, tokens = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    write(check(run_dir, int(sys.argv[2]), int(sys.argv[3]), device), run_dir / "out")
+    write(check(run_dir, rows, tokens, device), run_dir / "out")
     return 0
 
 

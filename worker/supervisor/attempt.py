@@ -94,8 +94,9 @@ def _carry_out(
         trainer = trainers.start(run_dir, keeper.lease.gpu_indexes)
         recorder = RunRecorder(keeper, settings, storage, run_dir, keep=needs.run.public_checkpoints)
         trackers = Trackers(keeper, settings, run_dir, trainers.mark, needs.tracked)
-        status = _listen(keeper, trainer, recorder, storage, trackers)
-        return _conclude(keeper, trainer, recorder, status, settings, storage)
+        with served.Check(keeper, run_dir, settings, trainers.mark) as check:
+            status = _listen(keeper, trainer, recorder, storage, trackers, check)
+            return _conclude(keeper, trainer, recorder, status, settings, storage, check)
     except LeaseLost:
         raise
     except Interrupted:
@@ -111,7 +112,14 @@ def _carry_out(
         return _hand_back(keeper, _public_reason(error))
 
 
-def _listen(keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, storage: Storage, trackers: Trackers) -> int:
+def _listen(
+    keeper: LeaseKeeper,
+    trainer: Trainer,
+    recorder: RunRecorder,
+    storage: Storage,
+    trackers: Trackers,
+    check: served.Check,
+) -> int:
     """Records the trainer's messages until it has ended and its log is stored; returns its exit status."""
     log_prefix = f"jobs/{keeper.lease.job_id}/logs/{keeper.lease.number:06d}"
     process = {"pid": trainer.pid, "mark": trackers.mark}
@@ -123,6 +131,7 @@ def _listen(keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, storag
             for message in trainer.messages(every=_SILENCE):
                 recorder.record(message)
                 trackers.record(message)
+                check.make_ready()
             status = trainer.wait()
             keeper.write(lambda session: leases.held(session, keeper.lease))
             recorder.close()
@@ -133,11 +142,17 @@ def _listen(keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, storag
 
 
 def _conclude(
-    keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, status: int, settings: Settings, storage: Storage
+    keeper: LeaseKeeper,
+    trainer: Trainer,
+    recorder: RunRecorder,
+    status: int,
+    settings: Settings,
+    storage: Storage,
+    check: served.Check,
 ) -> FinalWrite:
     last = recorder.final_message
     if status == 0 and isinstance(last, protocol.Finished):
-        _check_served(keeper, recorder, trainer.mark, settings)
+        _check_served(keeper, recorder, check)
         return _publish(keeper, recorder, last, settings, storage)
     if isinstance(last, protocol.Failed) and last.kind != "crashed":
         return _fail(keeper, last, settings)
@@ -161,11 +176,11 @@ def _stored(recorder: RunRecorder, path: str | None) -> str | None:
 # --- outcomes ---------------------------------------------------------------------------------------------------
 
 
-def _check_served(keeper: LeaseKeeper, recorder: RunRecorder, mark: str, settings: Settings) -> None:
+def _check_served(keeper: LeaseKeeper, recorder: RunRecorder, check: served.Check) -> None:
     """Records whether the model server's answers match the scorecard's; if they do not, the model may be withheld."""
-    if served.is_due(recorder.run_dir, settings):
+    if check.is_due:
         recorder.announce("checking")
-        found = served.check(keeper, recorder.run_dir, settings, mark)
+        found = check.run()
         keeper.write(lambda session: served.record(session, keeper.lease, found))
 
 

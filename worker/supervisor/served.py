@@ -1,10 +1,12 @@
 """Checks before a model is published whether the model server's answers match its scorecard.
 
-The check is a separate program, on the run's devices after the trainer has ended.
+The check is a separate program, on the run's devices after the trainer has ended. Its process is started before that.
 """
 
 import logging
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from sqlalchemy.orm import Session
 
@@ -12,7 +14,7 @@ from tunery import trainer_protocol as protocol
 from tunery.jobs import leases, ledger
 from tunery.jobs.leases import Lease
 from tunery.settings import Settings
-from worker.io import programs
+from worker.io.programs import Program
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.process import environment
 
@@ -24,24 +26,59 @@ def is_due(run_dir: Path, settings: Settings) -> bool:
     return settings.served_check_rows > 0 and (run_dir / protocol.GREEDY).exists()
 
 
-def check(keeper: LeaseKeeper, run_dir: Path, settings: Settings, mark: str) -> protocol.Served:
-    """Returns the verdict; if the check broke, one that says so. Raises LeaseLost."""
-    rows = settings.served_check_rows
-    failure = programs.run(
-        ["worker.server.parity", str(run_dir), str(rows), str(settings.served_check_tokens)],
-        run_dir,
-        keeper.drain,
-        what="check of the served model",
-        variables=environment(keeper.lease.gpu_indexes, mark),
-        watch=keeper.check_lost,
-        seconds=settings.served_check_seconds,
-        too_slow="TUNERY_SERVED_CHECK_SECONDS, _ROWS and _TOKENS limit it.",
-    )
-    if failure is None:
-        return protocol.Served.model_validate_json((run_dir / "out" / "served.json").read_bytes())
-    reason = "The worker was shutting down." if keeper.draining else failure
-    log.warning("the model of %s was not compared: %s", keeper.lease.job_id, reason)
-    return protocol.Served(status="not_compared", reason=reason)
+class Check:
+    """The check of one run. Its process, whose imports take 4 to 20 seconds, waits for the end of the trainer.
+
+    A `with` block ends it, unless it has ended, however the run ends.
+    """
+
+    def __init__(self, keeper: LeaseKeeper, run_dir: Path, settings: Settings, mark: str) -> None:
+        self._keeper, self._run_dir, self._settings = keeper, run_dir, settings
+        self._environment = environment(keeper.lease.gpu_indexes, mark)
+        self._program: Program | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    @property
+    def is_due(self) -> bool:
+        return is_due(self._run_dir, self._settings)
+
+    def make_ready(self) -> None:
+        """Starts the process once the check is due; call it from a thread that outlives the check."""
+        if self._program is None and self.is_due:
+            with suppress(OSError):  # not the trainer's fault: `run` starts another, and says why it cannot
+                self._program = self._start(["--wait"], waits=True)
+
+    def run(self) -> protocol.Served:
+        """Returns the verdict; if the check broke, one that says so. Raises LeaseLost."""
+        rows, tokens = self._settings.served_check_rows, self._settings.served_check_tokens
+        arguments = [str(self._run_dir), str(rows), str(tokens)]
+        if self._program is None or not self._program.begin(arguments):
+            self._end()
+            self._program = self._start(arguments)
+        failure = self._program.outcome(
+            self._keeper.drain,
+            what="check of the served model",
+            watch=self._keeper.check_lost,
+            seconds=self._settings.served_check_seconds,
+            too_slow="TUNERY_SERVED_CHECK_SECONDS, _ROWS and _TOKENS limit it.",
+        )
+        if failure is None:
+            return protocol.Served.model_validate_json((self._run_dir / "out" / "served.json").read_bytes())
+        reason = "The worker was shutting down." if self._keeper.draining else failure
+        log.warning("the model of %s was not compared: %s", self._keeper.lease.job_id, reason)
+        return protocol.Served(status="not_compared", reason=reason)
+
+    def _start(self, arguments: list[str], *, waits: bool = False) -> Program:
+        return Program(["worker.server.parity", *arguments], self._run_dir, self._environment, waits=waits)
+
+    def _end(self) -> None:
+        if self._program is not None:
+            self._program.end()
 
 
 def record(session: Session, lease: Lease, found: protocol.Served) -> None:
