@@ -1,25 +1,25 @@
 """Measures the textbook's case on one GPU: QLoRA 7B, 1,000 instruction rows, 3 epochs, with everything that a job does.
 
 `python -m bench.textbook_run OUT.json [--lengths real full] [--models FOLDER] [--shape llama2-7b] [--rows 1000]`. The
-request leaves everything but QLoRA and the files to the server: files are checked and the plan is made as of a job,
-the trainer is a preloaded process as a worker keeps one, and the served model is checked at the end. 125 validation and
-125 test rows are added, the usual 80/10/10 split. `real`: rows as long as those of instruction data, log-normal with a
-median of 190 tokens, at most 2,048; `full`: 2,048 tokens. A third of a row is its prompt. Nothing is kept on the host
-from earlier jobs. The weights are random, so that neither model ends its answers: both generate the most tokens that
-the plan allows, for every test row. OUT.json is written after each of the lengths. Takes a GPU, or a CPU with a small
-shape and few rows.
+request leaves everything but QLoRA and the files to the server: files are checked and the plan is made as of a job, the
+trainer is a preloaded process as a worker keeps one, and the served model is checked at the end, by a process that has
+waited for it. 125 validation and 125 test rows are added, the usual 80/10/10 split. `real`: rows as long as those of
+instruction data, log-normal with a median of 190 tokens, at most 2,048; `full`: 2,048 tokens. A third of a row is its
+prompt. Nothing is kept on the host from earlier jobs. The weights are random, so that neither model ends its answers:
+both generate the most tokens that the plan allows, for every test row. OUT.json is written after each of the lengths.
+Takes a GPU, or a CPU with a small shape and few rows.
 """
 
 import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.datasets.model import File
 from tunery.jobs import creation
+from tunery.jobs.leases import Lease
 from tunery.jobs.model import HostDevice
 from tunery.jobs.request import JobRequest
 from tunery.models.model import Model
@@ -43,7 +44,9 @@ from tunery.settings import Settings
 from tunery.spec import Run, TrainingOptions, TrainingSpec
 from tunery.storage import Directory
 from worker.io import checks
-from worker.supervisor import staging
+from worker.supervisor import served, staging
+from worker.supervisor.drain import Drain
+from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.staging import Needs, StoredFile, StoredFolder
 from worker.trainer import coverage, inspection
 
@@ -159,15 +162,11 @@ def lay_out(host: Host, verdict: checks.Verdict, files: dict[FileRole, File], fo
     staging.lay_out(needs, folder, host.settings.models_dir, host.storage, lambda: None)
 
 
-def check_served(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Lets the model server answer test rows again, as a worker does before it publishes the model."""
-    rows, tokens = settings.served_check_rows, settings.served_check_tokens
-    command = [sys.executable, "-m", "worker.server.parity", str(folder), str(rows), str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.splitlines()[-15:]}
-    found: dict[str, Any] = json.loads((folder / "out" / "served.json").read_text())
-    return found
+def check_of(host: Host, folder: Path) -> served.Check:
+    """Returns the check of the served model, as a worker makes it."""
+    gpu = host.device().gpu_index
+    lease = Lease("bench", attempt_id=1, number=1, gpu_indexes=() if gpu is None else (gpu,))
+    return served.Check(LeaseKeeper(lease, host.settings, Drain()), folder, host.settings, "bench")
 
 
 def measure(base: Path, kind: str, rows: int) -> dict[str, Any]:
@@ -185,10 +184,12 @@ def measure(base: Path, kind: str, rows: int) -> dict[str, Any]:
         seconds = {"files": round(time.monotonic() - began, 1)}
         memory = DeviceMemory(trainer.process.pid)
         trainer.begin(folder)
-        said, took = trainer.messages(tell=_tell)
-        process_gib = memory.gib()
-        began = time.monotonic()
-        served = check_served(folder, host.settings) if said[-1:] and said[-1]["type"] == "finished" else {}
+        with check_of(host, folder) as check:
+            said, took = trainer.messages(tell=partial(_hear, check))
+            process_gib = memory.gib()
+            began = time.monotonic()
+            is_due = said[-1:] and said[-1]["type"] == "finished" and check.is_due
+            found = check.run().model_dump(mode="json") if is_due else {}
         seconds |= {"run": took["whole"], "served_check": round(time.monotonic() - began, 1)}
         log = (folder / "log.txt").read_text().splitlines()
         size = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
@@ -198,14 +199,15 @@ def measure(base: Path, kind: str, rows: int) -> dict[str, Any]:
         **figures(said, log),
         "process_gib": process_gib,
         "artifact_bytes": size,
-        "served": served,
+        "served": found,
         "warnings": verdict.warnings,
         "plan": verdict.plan.model_dump(mode="json"),
     }
 
 
-def _tell(message: dict[str, Any]) -> None:
-    """Prints a message, of steps only some, so that one sees how far a run is."""
+def _hear(check: served.Check, message: dict[str, Any]) -> None:
+    """Does at a message what a worker does, and prints it, of steps only some, so that one sees how far a run is."""
+    check.make_ready()
     if message["type"] != "step" or message["step"] % 50 in {0, 1}:
         shown = {name: value for name, value in message.items() if isinstance(value, int | float | str)}
         print(json.dumps(shown)[:200], file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 
 from bench import make_model, textbook_run
+from worker.io.programs import Program
 
 
 def test_rows_have_the_wanted_tokens() -> None:
@@ -18,8 +19,14 @@ def test_rows_have_the_wanted_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_the_textbook_run_is_a_whole_job_with_default_settings(tmp_path: Path) -> None:
-    base = tiny_models.llama(tmp_path / "base", max_position_embeddings=4096)
+def test_the_textbook_run_is_a_whole_job_with_default_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, begin, took = tiny_models.llama(tmp_path / "base", max_position_embeddings=4096), Program.begin, list[bool]()
+
+    def begin_and_note(program: Program, arguments: list[str]) -> bool:
+        took.append(begin(program, arguments))
+        return took[-1]
+
+    monkeypatch.setattr(Program, "begin", begin_and_note)
     found = textbook_run.measure(base, "real", 64)
     assert found.get("failed") is None, found["log"]
     plan = found["plan"]
@@ -31,6 +38,7 @@ def test_the_textbook_run_is_a_whole_job_with_default_settings(tmp_path: Path) -
     assert found["score"]["rows"] == 8
     assert found["score"]["general"]["items"] == 100
     assert found["served"]["rows"] == 8
+    assert took == [True], "the check's process has waited"
     at, seconds = found["at"], found["seconds"]
     assert 0 < at["started"] < at["first_step"] < at["last_step"] < at["score"] < at["finished"] <= seconds["run"] + 0.1
     assert seconds["all"] == pytest.approx(seconds["files"] + seconds["run"] + seconds["served_check"])
