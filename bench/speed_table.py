@@ -61,7 +61,7 @@ ROWS = {
     "full 1b": Row("llama3-1b", "full", recompute=True, stacks=("tunery", "unsloth", "trl-liger")),
     "generation 8b": Row("llama3-8b", "lora", stacks=("generation",)),
     "qlora 7b small": Row(
-        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.6, peer_leave=8.0, optimizer="adamw_8bit"
+        "llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=5.75, peer_leave=8.0, optimizer="adamw_8bit"
     ),
     "lora 0.6b": Row("qwen3-0.6b", "lora"),
     "lora 8b": Row("llama3-8b", "lora"),
