@@ -13,6 +13,7 @@ Takes a GPU, or a CPU with a small shape and few rows.
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -56,6 +57,8 @@ HELD_OUT = 8
 """Training rows for each row of the validation and of the test file."""
 _PROMPT = 3
 """One of so many tokens of a row is in its prompt."""
+_TIMED = re.compile(r"\d{4}-\d{2}-\d{2} ")
+"""What a line begins with that the trainer itself has logged."""
 _NAMES: dict[FileRole, str] = {"training": "train", "validation": "valid", "test": "test"}
 
 
@@ -187,11 +190,12 @@ def measure(base: Path, kind: str, rows: int) -> dict[str, Any]:
         with check_of(host, folder) as check:
             said, took = trainer.messages(tell=partial(_hear, check))
             process_gib = memory.gib()
+            log = (folder / "log.txt").read_text().splitlines()
+            print("RUN " + json.dumps(figures(said, log)), flush=True)
             began = time.monotonic()
             is_due = said[-1:] and said[-1]["type"] == "finished" and check.is_due
             found = check.run().model_dump(mode="json") if is_due else {}
         seconds |= {"run": took["whole"], "served_check": round(time.monotonic() - began, 1)}
-        log = (folder / "log.txt").read_text().splitlines()
         size = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
     return {
         "lengths": kind,
@@ -241,10 +245,11 @@ def figures(said: list[dict[str, Any]], log: list[str]) -> dict[str, Any]:
         "latency": end["latency"],
         "paths": [line.partition("paths: ")[2] for line in log if " paths: " in line][-1:],
         "memory_plan": [line.partition("plan: ")[2] for line in log if "memory plan: " in line][-1:],
+        "log": [line for line in log if _TIMED.match(line)],
     }
 
 
-SHOWN = ("lengths", "failed", "log", "seconds", "at", "parts", "units", "steps", "tok_s", "step_ms", "peak_gib",
+SHOWN = ("lengths", "failed", "seconds", "at", "parts", "units", "steps", "tok_s", "step_ms", "peak_gib",
          "process_gib", "score", "memory_plan", "warnings")  # fmt: skip
 
 
