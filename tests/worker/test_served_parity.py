@@ -118,6 +118,9 @@ def test_adapter_of_another_scale_names_the_tokens_and_their_gap(run: Path) -> N
     assert found.served != found.trained
     assert found.gap is not None
     assert found.gap > 0.05
+    lines = (run / GREEDY).read_text().splitlines(keepends=True)
+    (run / GREEDY).write_text(next(line for line in lines if json.loads(line)["row"] == found.row))
+    assert _first(_check(run)).gap == pytest.approx(found.gap, rel=1e-3)  # its own, also among those of other rows
 
 
 def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:

@@ -31,6 +31,7 @@ from tunery.trainer_protocol import GREEDY, GreedyAnswer, Served, TokenDifferenc
 from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
+from worker.server.streams import Stream
 from worker.supervisor.staging import EXPORTS
 from worker.trainer.decoding.ties import Precision, tie
 
@@ -150,7 +151,17 @@ def _compare(
     """Answers rows together, as the model server does."""
     answers = [engine.answer(_request(one, chosen, min(tokens, one.limit))) for one in asked]
     _finish(engine, answers)
-    return [_compare_row(engine, chosen, one, answer, precision) for one, answer in zip(asked, answers, strict=True)]
+    turns = [_turn(one, answer) for one, answer in zip(asked, answers, strict=True)]
+    before = [
+        [*answer.prompt_ids, *one.ids[:turn]]
+        for one, answer, turn in zip(asked, answers, turns, strict=True)
+        if turn is not None
+    ]
+    logits = iter(_logits(engine, chosen, before))
+    return [
+        _compare_row(one, answer) if turn is None else _compare_tokens(one, answer, turn, next(logits), precision)
+        for one, answer, turn in zip(asked, answers, turns, strict=True)
+    ]
 
 
 def _request(one: GreedyAnswer, chosen: Chosen, most: int) -> ChatRequest:
@@ -166,9 +177,26 @@ def _finish(engine: Engine, answers: list[Generation]) -> None:
                 del pieces[id(answer)]
 
 
-def _compare_row(
-    engine: Engine, chosen: Chosen, one: GreedyAnswer, answer: Generation, precision: Precision
+def _turn(one: GreedyAnswer, answer: Generation) -> int | None:
+    """Returns the place at which the answers to equal prompts go on with different tokens; None if there is none."""
+    place = _first_difference(one.ids[: answer.max_tokens], answer.ids)
+    if place is None or place >= min(len(one.ids), len(answer.ids)) or one.prompt_ids != answer.prompt_ids:
+        return None
+    return place
+
+
+def _compare_tokens(
+    one: GreedyAnswer, answer: Generation, place: int, logits: torch.Tensor, precision: Precision
 ) -> Compared:
+    """Compares answers that go on with different tokens at a place, by the model server's logits there."""
+    trained, served = float(logits[one.ids[place]]), float(logits[answer.ids[place]])
+    gap = abs(trained - served)
+    found = _describe(one, answer, "answer", place, one.ids, answer.ids, gap)
+    return Compared(len(answer.ids), found, is_tie=gap <= tie(max(abs(trained), abs(served)), precision))
+
+
+def _compare_row(one: GreedyAnswer, answer: Generation) -> Compared:
+    """Compares answers that are equal, to different prompts, or of which one has ended."""
     prompt = _first_difference(one.prompt_ids, answer.prompt_ids)
     wanted = one.ids[: answer.max_tokens]
     place = _first_difference(wanted, answer.ids)
@@ -176,13 +204,7 @@ def _compare_row(
         return Compared(len(answer.ids), _describe(one, answer, "prompt", prompt, one.prompt_ids, answer.prompt_ids))
     if place is None:
         return Compared(len(answer.ids))
-    if place >= min(len(wanted), len(answer.ids)):  # one has ended
-        return Compared(len(answer.ids), _describe(one, answer, "answer", place, wanted, answer.ids))
-    logits = _logits(engine, chosen, [*answer.prompt_ids, *wanted[:place]])
-    trained, served = float(logits[wanted[place]]), float(logits[answer.ids[place]])
-    gap = abs(trained - served)
-    found = _describe(one, answer, "answer", place, wanted, answer.ids, gap)
-    return Compared(len(answer.ids), found, is_tie=gap <= tie(max(abs(trained), abs(served)), precision))
+    return Compared(len(answer.ids), _describe(one, answer, "answer", place, wanted, answer.ids))
 
 
 def _first_difference(wanted: Sequence[int], given: Sequence[int]) -> int | None:
@@ -190,14 +212,17 @@ def _first_difference(wanted: Sequence[int], given: Sequence[int]) -> int | None
     return next((place for place, (one, other) in pairs if one != other), None)
 
 
-def _logits(engine: Engine, chosen: Chosen, before: list[int]) -> torch.Tensor:
-    """Returns the model server's logits of the token that follows."""
-    ready = engine.hold(chosen)
-    stream = ready.stream(before)
+def _logits(engine: Engine, chosen: Chosen, before: list[list[int]]) -> list[torch.Tensor]:
+    """Returns the model server's logits of the token that follows each of these, which it reads together."""
+    if not before:
+        return []
+    ready, streams = engine.hold(chosen), list[Stream]()
     try:
-        return stream.logits()
+        streams += [ready.stream(ids) for ids in before]
+        return [stream.logits() for stream in streams]
     finally:
-        stream.close()
+        for stream in streams:
+            stream.close()
         ready.release()
 
 
