@@ -178,7 +178,7 @@ def _finish(engine: Engine, answers: list[Generation]) -> None:
 
 
 def _turn(one: GreedyAnswer, answer: Generation) -> int | None:
-    """Returns the place at which the answers to equal prompts go on with different tokens; None if there is none."""
+    """Returns the place at which the answers to equal prompts have different tokens; None without one."""
     place = _first_difference(one.ids[: answer.max_tokens], answer.ids)
     if place is None or place >= min(len(one.ids), len(answer.ids)) or one.prompt_ids != answer.prompt_ids:
         return None
@@ -188,7 +188,7 @@ def _turn(one: GreedyAnswer, answer: Generation) -> int | None:
 def _compare_tokens(
     one: GreedyAnswer, answer: Generation, place: int, logits: torch.Tensor, precision: Precision
 ) -> Compared:
-    """Compares answers that go on with different tokens at a place, by the model server's logits there."""
+    """Compares answers that have different tokens at a place, by the model server's logits there."""
     trained, served = float(logits[one.ids[place]]), float(logits[answer.ids[place]])
     gap = abs(trained - served)
     found = _describe(one, answer, "answer", place, one.ids, answer.ids, gap)
