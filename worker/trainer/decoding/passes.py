@@ -15,6 +15,8 @@ from worker.trainer.kernels import attention, cached_attention
 BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
 ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
 _PACKED, _ONE_TOKEN = "packed_rows", "one_token"
+_PLAIN = frozenset({"sdpa", grouped_attention.NAME})
+"""Attention by scores and masks alone. Families whose scores are capped, or have sinks, have another."""
 
 
 def are_known(model: Any) -> bool:
@@ -36,6 +38,8 @@ class Passes:
         the first `reach` positions are read.
         """
         self._cache.place_all(positions, reach)
+        if not self._is_plain:
+            return self.read(tokens, positions)
         with attending(self._model, _ONE_TOKEN):
             return self._logits(
                 tokens, positions, self._no_mask(positions), logits_to_keep=1, lengths=positions[:, 0] + 1
@@ -56,6 +60,10 @@ class Passes:
             return self._logits(
                 ids, positions, self._no_mask(positions), logits_to_keep=borders.ends[1:] - 1, borders=borders
             )[0]
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._model.config._attn_implementation in _PLAIN
 
     def _no_mask(self, positions: Tensor) -> Mapping[str, Tensor] | Tensor:
         """Returns masks for attention that does not read them: of four axes, so that transformers passes them on."""
@@ -82,7 +90,7 @@ class Passes:
 
     def _mask(self, window: int | None) -> Tensor:
         visible = self._cache.visible(window)
-        if self._model.config._attn_implementation in {"sdpa", grouped_attention.NAME}:
+        if self._is_plain:
             return visible
         added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
         return added.masked_fill(~visible, torch.finfo(added.dtype).min)
