@@ -2,9 +2,11 @@
 
 import gc
 import io
+import itertools
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tunery.spec import Evaluation, Full, Lora, Qlora, Technique
 from tunery.trainer_protocol import GREEDY, Served, TokenDifference
 from worker.server import parity
+from worker.server.batch import Batch
 from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering
 from worker.trainer.convert import convert
@@ -121,6 +124,22 @@ def test_adapter_of_another_scale_names_the_tokens_and_their_gap(run: Path) -> N
     lines = (run / GREEDY).read_text().splitlines(keepends=True)
     (run / GREEDY).write_text(next(line for line in lines if json.loads(line)["row"] == found.row))
     assert _first(_check(run)).gap == pytest.approx(found.gap, rel=1e-3)  # its own, also among those of other rows
+
+
+def test_rows_that_have_room_one_after_the_other_are_all_compared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run / "out" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 800}))
+    wanted, step, steps = _check(run), Batch.step, itertools.count()
+
+    def bounded(batch: Batch) -> None:
+        assert next(steps) < 1000, "no row has room"
+        step(batch)
+
+    monkeypatch.setattr(Batch, "step", bounded)
+    monkeypatch.setattr(parity, "Engine", partial(parity.Engine, cache_bytes=1))
+    found = _check(run)
+    assert _first(found).position == _first(wanted).position
+    assert (found.rows, found.equal, found.reason) == (wanted.rows, wanted.equal, None)
 
 
 def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:

@@ -216,10 +216,14 @@ def _logits(engine: Engine, chosen: Chosen, before: list[list[int]]) -> list[tor
     """Returns the model server's logits of the token that follows each of these, which it reads together."""
     if not before:
         return []
-    ready, streams = engine.hold(chosen), list[Stream]()
+    ready, streams, found = engine.hold(chosen), list[Stream](), list[torch.Tensor]()
     try:
-        streams += [ready.stream(ids) for ids in before]
-        return [stream.logits() for stream in streams]
+        for ids in before:
+            streams.append(ready.stream(ids))
+        for stream in streams:
+            found.append(stream.logits())
+            stream.close()  # a later one may wait for its memory
+        return found
     finally:
         for stream in streams:
             stream.close()
