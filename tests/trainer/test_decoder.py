@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ def alone(model: Any, prompt: list[int], limit: int = LIMIT) -> list[int]:
             logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
             ids.append(int(logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def answer(model: Any, prompts: list[list[int]], limit: int = LIMIT, **options: Any) -> list[list[int]]:
@@ -113,7 +120,7 @@ def test_batches_with_room_for_the_same_prompts_share_what_is_recorded(
     made = Decoder(llama, STOPS, LIMIT, recorder=lambda: recorder)
     longest = max(map(len, PROMPTS))
     with torch.no_grad():
-        made.record(PROMPTS[0], longest)
+        made.prepare(PROMPTS[0], longest)
         recorded = recorder.recorded
         assert [made.answer([prompt], longest)[0] for prompt in PROMPTS] == wanted
         assert recorder.recorded == recorded > 1
@@ -259,14 +266,46 @@ def test_answers_are_timed_one_by_one_until_they_have_taken_long(
         yield
 
     monkeypatch.setattr(Decoder, "answer", noted)
-    monkeypatch.setattr(Decoder, "record", lambda _, prompt, longest: done.append(("record", prompt, longest)))
+    monkeypatch.setattr(Decoder, "prepare", lambda _, prompt, longest: done.append(("prepare", prompt, longest)))
     seconds = answers.seconds_alone(t, asked, 20, base=False, most=most, around=counted)
     assert len(seconds) == len(counts) == timed
     assert min(seconds) > 0
     longest = max(len(question.prompt_ids) for question in asked)
     prompts = [question.prompt_ids for question in asked]
-    assert done == [("record", prompts[0], longest), *(("answer", prompt, longest) for prompt in prompts[:timed])]
+    assert done == [("prepare", prompts[0], longest), *(("answer", prompt, longest) for prompt in prompts[:timed])]
     assert t.objective.training
+
+
+@pytest.mark.parametrize("limit", [1, 2, 20])
+def test_logits_are_verified_before_answers_are_timed(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Of one token, there is nothing to verify."""
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(i) for i in range(2)]), MessageWriter(None), StopSignal())
+    asked = answers.questions(t.template, [Example.model_validate(chat(i)) for i in range(2)])
+    done, verify = list[str](), Decoder._verify
+
+    def noted(made: Decoder, *given: Any) -> None:
+        done.append("verified")
+        verify(made, *given)
+
+    @contextmanager
+    def counted(_: int) -> Iterator[None]:
+        done.append("asked")
+        yield
+
+    monkeypatch.setattr(Decoder, "_verify", noted)
+    answers.seconds_alone(t, asked, limit, base=False, most=60.0, around=counted)
+    assert done == ["verified"] * (limit > 1) + ["asked", "asked"]
+
+
+def test_answers_are_timed_where_there_is_no_memory_to_prepare(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(i) for i in range(2)]), MessageWriter(None), StopSignal())
+    asked = answers.questions(t.template, [Example.model_validate(chat(i)) for i in range(2)])
+    monkeypatch.setattr(Decoder, "_step", raising(torch.OutOfMemoryError("no memory")))
+    assert len(answers.seconds_alone(t, asked, 4, base=False, most=60.0, around=lambda _: nullcontext())) == 2
 
 
 def test_four_bit_weights_are_unpacked_once_where_memory_allows(

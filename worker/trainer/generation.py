@@ -65,13 +65,11 @@ class Greedy:
                 self._fall_back(failure)
         return self._plain.answer(prompts)
 
-    def record(self, prompt: list[int], longest: int) -> None:
+    def prepare(self, prompt: list[int], longest: int) -> None:
         """Prepares for answers to one prompt of at most `longest` tokens at a time."""
         if self._decoder is not None:
             try:
-                self._decoder.record(prompt, longest)
-            except torch.OutOfMemoryError:
-                raise
+                self._decoder.prepare(prompt, longest)
             except Exception as failure:  # noqa: BLE001  whatever it is, transformers can still answer
                 self._fall_back(failure)
 

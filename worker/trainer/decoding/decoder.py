@@ -131,17 +131,17 @@ class Decoder:
         answers.add(unread)
         return answers.found
 
-    def record(self, prompt: list[int], longest: int) -> None:
-        """Records the steps of any answer to one prompt of at most `longest` tokens: no answer takes longer for it.
+    def prepare(self, prompt: list[int], longest: int) -> None:
+        """Does what an answer to one prompt of at most `longest` tokens does only once: verifies the logits, and
+        records the steps.
 
         Raises Differs as `answer` does.
         """
-        if self._graphs is None:
-            return
         self._cache.allocate(1, self._positions(longest))
         read = self._read([prompt])
         tokens, positions = read.argmax(dim=-1, keepdim=True), torch.full((1, 1), len(prompt), device=read.device)
-        for step in range(1, self._limit, REACH[self._kind]):  # the token is read again: what counts is how far
+        end = min(self._limit, 2) if self._graphs is None else self._limit
+        for step in range(1, end, REACH[self._kind]):  # the token is read again: what counts is how far
             logits = self._step(tokens, positions, longest, step)
             if not self._is_verified:
                 self._verify([prompt], tokens, read, logits)

@@ -111,7 +111,7 @@ def seconds_alone(
     longest, found = max(map(len, mine), default=0), list[float]()
     with _answering(t, limit, against_decoder(t), base=base) as greedy:
         if mine:
-            greedy.record(mine[0], longest)
+            greedy.prepare(mine[0], longest)
         over = time.perf_counter() + most
         for _ in t.ranks.turns(
             t.stop_signal, lambda: len(found) < len(mine) and (not found or time.perf_counter() < over)
