@@ -127,6 +127,15 @@ def test_a_process_that_cannot_be_started_is_tried_again_at_the_end(start: Start
         assert check.run().status == "equal"
 
 
+def test_a_check_that_cannot_be_started_withholds_nothing(start: Start, settings: Settings) -> None:
+    run_dir = start(SAYS_EQUAL)
+    (run_dir / "errors.txt").mkdir()
+    with _check(run_dir, settings) as check:
+        found = check.run()
+    assert (found.status, found.withheld) == ("not_compared", False)
+    assert found.reason == "The check of the served model could not be started: Is a directory."
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_check_that_breaks_withholds_nothing(start: Start, settings: Settings, ahead: bool) -> None:
     with _check(start("raise MemoryError('none left')"), settings) as check:

@@ -55,23 +55,36 @@ class Check:
 
     def run(self) -> protocol.Served:
         """Returns the verdict; if the check broke, one that says so. Raises LeaseLost."""
+        try:
+            program = self._begin()
+        except OSError as error:  # the model is good, and is not trained again
+            failure: str | None = f"The check of the served model could not be started: {error.strerror}."
+        else:
+            failure = self._wait_for(program)
+        if failure is None:
+            return protocol.Served.model_validate_json((self._run_dir / "out" / "served.json").read_bytes())
+        reason = "The worker was shutting down." if self._keeper.draining else failure
+        log.warning("the model of %s was not compared: %s", self._keeper.lease.job_id, reason)
+        return protocol.Served(status="not_compared", reason=reason)
+
+    def _begin(self) -> Program:
+        """Returns the process, which has got its work: the one that waits, or another if that has ended."""
         rows, tokens = self._settings.served_check_rows, self._settings.served_check_tokens
         arguments = [str(self._run_dir), str(rows), str(tokens)]
         if self._program is None or not self._program.begin(arguments):
             self._end()
             self._program = self._start(arguments)
-        failure = self._program.outcome(
+        return self._program
+
+    def _wait_for(self, program: Program) -> str | None:
+        """Waits for the end of the process; returns why it failed, or None. Raises LeaseLost."""
+        return program.outcome(
             self._keeper.drain,
             what="check of the served model",
             watch=self._keeper.check_lost,
             seconds=self._settings.served_check_seconds,
             too_slow="TUNERY_SERVED_CHECK_SECONDS, _ROWS and _TOKENS limit it.",
         )
-        if failure is None:
-            return protocol.Served.model_validate_json((self._run_dir / "out" / "served.json").read_bytes())
-        reason = "The worker was shutting down." if self._keeper.draining else failure
-        log.warning("the model of %s was not compared: %s", self._keeper.lease.job_id, reason)
-        return protocol.Served(status="not_compared", reason=reason)
 
     def _start(self, arguments: list[str], *, waits: bool = False) -> Program:
         return Program(["worker.server.parity", *arguments], self._run_dir, self._environment, waits=waits)
