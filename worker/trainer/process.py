@@ -72,8 +72,8 @@ def describe(error: Exception) -> Failed:
         return Failed(kind=kind, code=error.code, message=error.message, param=error.param)
     if isinstance(error, torch.OutOfMemoryError):
         message = (
-            "The GPU runs out of memory even with one row at a time. Lower max_seq_length, take technique 'qlora' if "
-            "it is another, or use a GPU with more memory."
+            "The GPU runs out of memory even with one row at a time. Lower max_seq_length, use technique 'qlora' "
+            "unless the job does, or take a GPU with more memory."
         )
         return Failed(kind="gpu_oom", code="does_not_fit", message=message)
     if isinstance(error, ValidationError | TuneryError) and not isinstance(error, Unavailable):

@@ -141,7 +141,7 @@ class Decoder:
         read = self._read([prompt])
         tokens, positions = read.argmax(dim=-1, keepdim=True), torch.full((1, 1), len(prompt), device=read.device)
         end = min(self._limit, 2) if self._graphs is None else self._limit
-        for step in range(1, end, REACH[self._kind]):  # the token is read again: what counts is how far
+        for step in range(1, end, REACH[self._kind]):  # any token will do: each reach has a graph
             logits = self._step(tokens, positions, longest, step)
             if not self._is_verified:
                 self._verify([prompt], tokens, read, logits)
