@@ -1,8 +1,7 @@
 """The decoder answers as a model that reads each whole row alone, without a cache."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -253,22 +252,17 @@ def test_answers_are_timed_one_by_one_until_they_have_taken_long(
     )
     asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
     done: list[tuple[str, list[int], int]] = []
-    answer, counts = Decoder.answer, list[int]()
+    answer = Decoder.answer
 
     def noted(made: Decoder, prompts: list[list[int]], longest: int = 0) -> list[list[int]]:
         assert len(prompts) == 1
         done.append(("answer", prompts[0], longest))
         return answer(made, prompts, longest)
 
-    @contextmanager
-    def counted(count: int) -> Iterator[None]:
-        counts.append(count)
-        yield
-
     monkeypatch.setattr(Decoder, "answer", noted)
     monkeypatch.setattr(Decoder, "prepare", lambda _, prompt, longest: done.append(("prepare", prompt, longest)))
-    seconds = answers.seconds_alone(t, asked, 20, base=False, most=most, around=counted)
-    assert len(seconds) == len(counts) == timed
+    seconds = answers.seconds_alone(t, asked, 20, base=False, most=most)
+    assert len(seconds) == timed
     assert min(seconds) > 0
     longest = max(len(question.prompt_ids) for question in asked)
     prompts = [question.prompt_ids for question in asked]
@@ -283,19 +277,19 @@ def test_logits_are_verified_before_answers_are_timed(
     """Of one token, there is nothing to verify."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(i) for i in range(2)]), MessageWriter(None), StopSignal())
     asked = answers.questions(t.template, [Example.model_validate(chat(i)) for i in range(2)])
-    done, verify = list[str](), Decoder._verify
+    done, verify, answer = list[str](), Decoder._verify, Decoder.answer
 
-    def noted(made: Decoder, *given: Any) -> None:
+    def verify_and_note(made: Decoder, *given: Any) -> None:
         done.append("verified")
         verify(made, *given)
 
-    @contextmanager
-    def counted(_: int) -> Iterator[None]:
+    def answer_and_note(made: Decoder, *given: Any) -> list[list[int]]:
         done.append("asked")
-        yield
+        return answer(made, *given)
 
-    monkeypatch.setattr(Decoder, "_verify", noted)
-    answers.seconds_alone(t, asked, limit, base=False, most=60.0, around=counted)
+    monkeypatch.setattr(Decoder, "_verify", verify_and_note)
+    monkeypatch.setattr(Decoder, "answer", answer_and_note)
+    answers.seconds_alone(t, asked, limit, base=False, most=60.0)
     assert done == ["verified"] * (limit > 1) + ["asked", "asked"]
 
 
@@ -305,7 +299,7 @@ def test_answers_are_timed_where_there_is_no_memory_to_prepare(
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(i) for i in range(2)]), MessageWriter(None), StopSignal())
     asked = answers.questions(t.template, [Example.model_validate(chat(i)) for i in range(2)])
     monkeypatch.setattr(Decoder, "_step", raising(torch.OutOfMemoryError("no memory")))
-    assert len(answers.seconds_alone(t, asked, 4, base=False, most=60.0, around=lambda _: nullcontext())) == 2
+    assert len(answers.seconds_alone(t, asked, 4, base=False, most=60.0)) == 2
 
 
 def test_four_bit_weights_are_unpacked_once_where_memory_allows(

@@ -15,10 +15,10 @@ LLAMA, TINY = Model(id="llama-8b", model_info=LLAMA_8B), Model(id="tiny", model_
     ("order", "said"),
     [
         # An answer has 400 tokens, of 2 x 7.5e9 operations each, at 40e9 a second: 150 s.
-        (Order(max_rows=200), "about 18 hours; the limit is 4. Set max_rows to 5 for about an hour"),
-        (Order(max_rows=200, shots=[0]), "about 9 hours; the limit is 4. Set max_rows to 11"),
-        (Order(max_rows=12, shots=[0, 4], retrieval="nearest"), "about 3 hours; the limit is 4. Set max_rows to 3 "),
-        (Order(max_rows=11, shots=[0]), None),
+        (Order(max_rows=200), "about 17 hours; the limit is 4. Set max_rows to 10 for about an hour"),
+        (Order(max_rows=200, shots=[0]), "about 8 hours; the limit is 4. Set max_rows to 22"),
+        (Order(max_rows=24, shots=[0, 4], retrieval="nearest"), "about 3 hours; the limit is 4. Set max_rows to 6 "),
+        (Order(max_rows=22, shots=[0]), None),
     ],
 )
 def test_a_large_model_is_warned_of(order: Order, said: str | None) -> None:

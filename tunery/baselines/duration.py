@@ -6,7 +6,6 @@ from typing import Any
 from tunery.baselines.order import Order
 from tunery.models.model import Model
 from tunery.planning import speed
-from tunery.planning.prompting import TIMED_ROWS
 from tunery.planning.shape import Shape
 from tunery.spec import Full
 
@@ -24,9 +23,9 @@ def warnings(order: Order, models: Sequence[Model]) -> list[str]:
     found = []
     for model in models:
         each = _answer_seconds(model.model_info) * ways
-        expected = each * (order.max_rows + min(order.max_rows, TIMED_ROWS))
+        expected = each * (order.max_rows + 1)  # one answer is timed alone, and more only if they take seconds
         if expected > _WARNED:
-            found.append(_say(model, expected, max(1, int(_WARNED / each / 2))))
+            found.append(_say(model, expected, max(1, int(_WARNED / each) - 1)))
     return found
 
 

@@ -9,7 +9,7 @@ from tunery.spec import Columns
 MOST_SHOTS = 32
 """Maximum number of examples in a prompt: more cost more than they gain, and a CPU takes hours to measure them."""
 TIMED_ROWS = 20
-"""Rows sent again one at a time to measure latency; in a batch, a request's time includes the others'."""
+"""The most rows sent again one at a time to measure latency; in a batch, a request's time includes the others'."""
 METRICS = ("exact", "label_accuracy", "field_f1", "json_valid", "tool_calls", "tool_names", "chrf", "rouge_l")
 """Metrics that a target may name: those of the scorecard."""
 BINARY_METRICS = frozenset({"exact", "label_accuracy", "json_valid", "tool_calls", "tool_names"})

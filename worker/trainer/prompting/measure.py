@@ -32,7 +32,7 @@ def answered(folder: Path, order: AnswerOrder) -> list[Measured]:
     """Asks the model in `folder` with each variant. Raises JobFailure."""
     t = run.prepare(folder, MessageWriter(None), StopSignal())
     asked = {variant.name: _questions(folder, t.template, variant) for variant in order.variants}
-    done = _Progress(folder, sum(len(each) + min(len(each), TIMED_ROWS) for each in asked.values()))
+    done = _Progress(folder, sum(map(len, asked.values())))
     return [_ask(t, variant, asked[variant.name], done, tuned=order.tuned) for variant in order.variants]
 
 
@@ -62,7 +62,7 @@ def write(found: Sequence[Measured], out: Path) -> None:
 
 
 class _Progress:
-    """Counts answers, and writes the fraction done to `folder`/progress."""
+    """Counts answers, and writes the fraction done to `folder`/progress. Those that are timed take seconds in all."""
 
     def __init__(self, folder: Path, total: int) -> None:
         self._folder, self._total, self._done = folder, max(1, total), 0
@@ -88,14 +88,12 @@ def _questions(folder: Path, template: ChatTemplate, variant: Variant) -> list[Q
 
 def _ask(t: Training, variant: Variant, asked: list[Question], done: _Progress, *, tuned: bool) -> Measured:
     limit = answers.token_limit(t.plan.evaluation, asked)
-
-    how: dict[str, Any] = {"base": not tuned, "around": done.count}
-    texts = answers.generate_counted(t, asked, limit, **how)
+    texts = answers.generate_counted(t, asked, limit, base=not tuned, around=done.count)
     figures: dict[str, Any] = {
         "device": hardware.device_name(t.device),
         "prompt_tokens": _mean([len(question.prompt_ids) for question in asked]),
         "answer_tokens": _mean([latency.count_tokens(t, text) for text in texts]),
-        "p50_seconds": latency.median_seconds(t, asked, limit, rows=TIMED_ROWS, **how),
+        "p50_seconds": latency.median_seconds(t, asked, limit, rows=TIMED_ROWS, base=not tuned),
     }
     return _score(variant, asked, texts).model_copy(update=figures), _rows(variant, asked, texts)
 

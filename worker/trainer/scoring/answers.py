@@ -95,15 +95,7 @@ def generate_counted(t: Training, asked: list[Question], limit: int, *, base: bo
     return texts(t, _answer(t, asked, base=base, stop_signal=t.stop_signal, around=around, limit=limit))
 
 
-def seconds_alone(
-    t: Training,
-    asked: list[Question],
-    limit: int,
-    *,
-    base: bool,
-    most: float,
-    around: Around,
-) -> list[float]:
+def seconds_alone(t: Training, asked: list[Question], limit: int, *, base: bool, most: float) -> list[float]:
     """Returns the seconds of greedy answers, of at most `limit` tokens, to questions that the main rank asks one after
     the other, until these have taken `most` seconds; nothing on other ranks. Raises Stopped between two.
     """
@@ -119,8 +111,7 @@ def seconds_alone(
             if len(found) == len(mine):
                 continue  # the main rank is not done
             began = time.perf_counter()
-            with around(1):
-                greedy.answer([mine[len(found)]], longest)
+            greedy.answer([mine[len(found)]], longest)
             found.append(time.perf_counter() - began)
     return found
 

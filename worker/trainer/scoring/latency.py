@@ -3,12 +3,11 @@
 import random
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from tunery.trainer_protocol import Latency
 from worker.trainer import hardware
 from worker.trainer.scoring import answers
-from worker.trainer.scoring.answers import Around, Question
+from worker.trainer.scoring.answers import Question
 from worker.trainer.scoring.comparison import Asked, Scored
 from worker.trainer.scoring.preferences import Pairs
 from worker.trainer.training import Training
@@ -37,24 +36,14 @@ def _measure(t: Training, asked: list[Question], texts: Sequence[str]) -> Latenc
     )
 
 
-def median_seconds(
-    t: Training,
-    asked: Sequence[Question],
-    limit: int,
-    *,
-    rows: int,
-    base: bool,
-    around: Around = lambda _: nullcontext(),
-) -> float:
+def median_seconds(t: Training, asked: Sequence[Question], limit: int, *, rows: int, base: bool) -> float:
     """Returns the median seconds of an answer of at most `limit` tokens to one question alone, over `rows` questions
     spread over the file, or to some of these, if answers take long.
     """
     count = min(len(asked), rows)
     some = [asked[i * len(asked) // count] for i in range(count)]
     random.Random(0).shuffle(some)  # noqa: S311 (no secret)
-    found: list[float] = t.ranks.broadcast(
-        answers.seconds_alone(t, some, limit, base=base, most=_SECONDS, around=around)
-    )
+    found: list[float] = t.ranks.broadcast(answers.seconds_alone(t, some, limit, base=base, most=_SECONDS))
     return statistics.median(found)
 
 
