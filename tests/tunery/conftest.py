@@ -24,8 +24,8 @@ def tunery(
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
         # Created again, because a console keeps the stream that it was created with.
-        monkeypatch.setattr(output, "console", output.Console(highlight=False, width=80))
-        monkeypatch.setattr(output, "errors", output.Console(stderr=True, highlight=False, width=80))
+        monkeypatch.setattr(output, "console", output.literal_console(width=80))
+        monkeypatch.setattr(output, "errors", output.literal_console(stderr=True, width=80))
         with pytest.raises(SystemExit) as end:
             main.run()
         said = capsys.readouterr()

@@ -469,6 +469,22 @@ def test_a_withheld_model_is_shown_and_published(tunery: Run, api: str, database
     assert "so it cannot be published" in tunery("jobs", "publish", job, "--reason", "again")[2]
 
 
+def test_names_tokens_and_paths_are_printed_as_they_are(tunery: Run, api: str, database: Database) -> None:
+    name = "ft:SmolLM2-135M-Instruct:tunery:bank:x"  # to rich `:bank:` is an emoji, and `[/INST]` the end of a style
+    assert f"The model '{name}' does not exist" in tunery("models", "show", name)[2]
+    job = _job(database, State.SUCCEEDED)
+    first = {"row": 1, "place": "prompt", "position": 2, "trained": "[/INST]", "served": "[red]", "gap": None}
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.served = {"status": "differs", "withheld": True, "rows": 1, "first_difference": first}
+        session.get_one(Model, str(row.tuned_model)).withheld = True
+    status, _, err = tunery("jobs", "watch", job)
+    assert (status, "token 2 of the prompt: `[red]` instead of `[/INST]`." in err) == (0, True)
+    file = Path("[x]:bank:.jsonl")
+    file.write_bytes(TRAIN)
+    assert tunery("files", "upload", file)[2].startswith("[x]:bank:.jsonl: ")
+
+
 def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: Database) -> None:
     job = _job(database, State.SUCCEEDED)
     with database.sessions.begin() as session:

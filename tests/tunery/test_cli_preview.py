@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rows
 from cloned_databases import Database
 from commands import Run
+from rich.console import Console
 from templates import CHATML, model_folder
 
 from tunery.artifacts import manifest
@@ -38,11 +40,10 @@ def test_marks_show_what_is_learned_without_colours(tunery: Run, base: Path, fil
 
 
 def test_colours_take_the_place_of_marks(tunery: Run, base: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Coloured(output.Console):
-        def __init__(self, **options: object) -> None:
-            super().__init__(force_terminal=True, color_system="standard", **options)  # type: ignore[arg-type]
+    def coloured_console(**options: Any) -> Console:
+        return Console(force_terminal=True, color_system="standard", **options)
 
-    monkeypatch.setattr(output, "Console", Coloured)
+    monkeypatch.setattr(output, "literal_console", coloured_console)
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = tunery("files", "preview", file, "--model", base, "-n", 1)[1]
     monkeypatch.setenv("NO_COLOR", "1")

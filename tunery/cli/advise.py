@@ -127,7 +127,7 @@ def _there(api: ApiClient, **asked: Any) -> _Answer:
     if asked["model"] is None:
         raise typer.BadParameter("An uploaded file needs --model: a base, an alias or a tuned model.")
     body = {name: value for name, value in asked.items() if value is not None}
-    with output.errors.status("waiting for the report") as status:
+    with output.waiting("waiting for the report") as status:
         while (found := api.call("POST", "/fine_tuning/advice", json=body))["status"] in ("queued", "running"):
             status.update(f"{found['status']}: {found['progress']:.0%}")
             time.sleep(_POLL_SECONDS)

@@ -125,7 +125,7 @@ def _price(text: str | None) -> dict[str, float] | None:
 
 def _wait(api: ApiClient, baseline_id: str) -> dict[str, Any]:
     """Returns the baseline once it has ended. Ctrl-C stops only the waiting."""
-    with output.errors.status("waiting for a worker") as status:
+    with output.waiting("waiting for a worker") as status:
         while (found := api.call("GET", f"{ROOT}/{baseline_id}"))["status"] in ("queued", "running"):
             status.update(f"{baseline_id}: {found['status']} {found['progress']:.0%}")
             time.sleep(_POLL_SECONDS)

@@ -115,7 +115,7 @@ def _clean_here(
         clean, *apart = (Path(folder) / path.name for path in written)
         held_out = apart[0] if apart else None
         ask = answer_ends.asking(base, order.max_tokens) if base else None
-        with output.errors.status("cleaning"):
+        with output.waiting("cleaning"):
             done = cleaner.clean(file, clean, order, held_out=held_out, against=against, base=base, ask=ask).as_dict()
         for path in written:
             (Path(folder) / path.name).replace(path)
@@ -131,7 +131,7 @@ def _clean_there(
     """
     body = order.model_dump(mode="json", exclude_defaults=True) | {key: id for key, id in others.items() if id}
     made = api.call("POST", f"/files/{file}/clean", json=body)["id"]
-    with output.errors.status("waiting for a worker") as status:
+    with output.waiting("waiting for a worker") as status:
         while (found := api.call("GET", f"/files/{made}"))["status"] == "uploaded":
             status.update(f"cleaning: {api.call('GET', f'/files/{made}/cleaning')['progress']:.0%}")
             time.sleep(POLL_SECONDS)
@@ -175,7 +175,7 @@ def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -
     if counts["kept"] < LEAST_EXAMPLES:
         kept = output.counted(counts["kept"], "row")
         said = f"{written[0]} has {kept}, but a training file needs at least {LEAST_EXAMPLES}: add rows."
-        output.errors.print(said, soft_wrap=True, markup=False)
+        output.errors.print(said, soft_wrap=True)
     output.console.print()
     kinds = sorted(done["kinds"].items(), key=lambda item: -sum(item[1].values()))
     rows = ((kind, of["dropped"] or "", of["changed"] or "", _lines(done, kind)) for kind, of in kinds)

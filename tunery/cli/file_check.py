@@ -23,12 +23,12 @@ def judge(path: Path, role: str, columns: Columns | None = None) -> Verdict:
 def print_verdict(path: Path, found: Verdict) -> None:
     """A line on the file, and one for each warning."""
     if found.reason is not None:
-        output.errors.print(f"{path}: {found.reason}", soft_wrap=True, markup=False)
+        output.errors.print(f"{path}: {found.reason}", soft_wrap=True)
         return
     said = f"{path}: {found.format}; {found.shape}; {output.counted(found.examples, 'example')}"
-    output.console.print(said, soft_wrap=True, markup=False)
+    output.console.print(said, soft_wrap=True)
     for warning in found.warnings:
-        output.errors.print(f"{path}: {warning}", soft_wrap=True, markup=False)
+        output.errors.print(f"{path}: {warning}", soft_wrap=True)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from tunery.cli import captures, files, jobs, keys, models, output, webhooks
 from tunery.cli.advise import advise
@@ -97,10 +98,10 @@ def run() -> None:
     try:
         app()
     except TuneryError as error:
-        output.errors.print(f"[red]Error:[/] {_escaped(as_commands(error.message))}", soft_wrap=True)
+        _tell(as_commands(error.message))
         sys.exit(2 if isinstance(error, WrongSettings) else 1)
     except OSError as error:  # of a path that the user named
-        output.errors.print(f"[red]Error:[/] {_escaped(_of_path(error))}", soft_wrap=True)
+        _tell(_of_path(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -110,8 +111,8 @@ def _of_path(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}." if error.filename else str(error)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _tell(error: str) -> None:
+    output.errors.print(Text.assemble(("Error: ", "red"), error), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ def add(
     api = connect(context)
     model = add_base(api, id, source, chat_template)
     if wait:
-        with output.errors.status(f"{id}: a worker reads {source}"):
+        with output.waiting(f"{id}: a worker reads {source}"):
             model = wait_until_ready(api, id)
     output.done(f"{model['id']} is {model.get('status', 'registered')}")
     for technique, reason in (model.get("techniques") or {}).items():
         if reason:
-            output.errors.print(f"It cannot be trained with {technique}: {reason}", markup=False)
+            output.errors.print(f"It cannot be trained with {technique}: {reason}")
 
 
 class Technique(enum.StrEnum):
@@ -68,7 +68,7 @@ def import_adapter(
     api = connect(context)
     model = adapters.send(api, base, folder, suffix, technique.value)
     if wait:
-        with output.errors.status(f"{model['id']}: a worker checks {folder}"):
+        with output.waiting(f"{model['id']}: a worker checks {folder}"):
             model = wait_until_ready(api, model["id"])
     output.console.print(model["id"], soft_wrap=True)
 
@@ -130,7 +130,7 @@ def list_engines(context: typer.Context, model: str) -> None:
     """Show commands that run a model elsewhere: plain PEFT or transformers, vLLM, llama.cpp, ollama."""
     for each in connect(context).call("GET", f"{downloads.model_route(model)}/engines")["data"]:
         output.note(f"# {each['engine']}" + (f": {each['files']}" if each["files"] else ""))
-        output.console.print(each["command"], soft_wrap=True, markup=False)
+        output.console.print(each["command"], soft_wrap=True)
 
 
 @app.command("show")
@@ -203,7 +203,7 @@ def export_model(
     route = f"{downloads.model_route(model)}/exports"
     found = api.call("POST", route, json=_asked(format, rows, parse_columns(columns)))
     if wait:
-        with output.errors.status(f"{model}: a worker exports it"):
+        with output.waiting(f"{model}: a worker exports it"):
             found = _wait_for_worker(api, route)
     for result in found["results"]:
         if not result["is_refused"]:
@@ -252,7 +252,7 @@ def score(
     if unquantised:
         asked["unquantised"] = True
     api.call("POST", route, json={"evaluation": asked, "columns": named_columns(parse_columns(columns)) or None})
-    with output.errors.status(f"{model}: a worker scores it"):
+    with output.waiting(f"{model}: a worker scores it"):
         found = _wait_for_worker(api, route)
     if found["status"] == "failed":
         raise Refused(message=found["error"] or "The scoring failed.")

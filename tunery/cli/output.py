@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from tunery.cli.routes import as_commands
-from tunery.local.terminal import print_whole
+from tunery.local.terminal import literal_console, print_whole
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = literal_console()
+errors = literal_console(stderr=True)
 
 _COLOURS = {
     "succeeded": "green",
@@ -83,6 +83,11 @@ def fields(pairs: Iterable[tuple[str, Any]]) -> None:
 
 def as_json(value: Any) -> None:
     console.print_json(json.dumps(value), indent=2)
+
+
+def waiting(what: str) -> Status:
+    """Returns a context that shows on stderr what a command waits for."""
+    return errors.status(Text(what))  # a string would be markup
 
 
 def done(message: str) -> None:

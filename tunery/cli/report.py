@@ -39,7 +39,7 @@ def make(
     other, folder = existing("--against", against), existing("--base", base)
     names = named_columns(columns)
     ask = answer_ends.asking(folder, max_tokens) if folder else None
-    with output.errors.status("making the report"):
+    with output.waiting("making the report"):
         return maker.make(path, other, base=folder, max_tokens=max_tokens, ask=ask, columns=names).as_dict()
 
 
@@ -58,7 +58,7 @@ def no_such_file(file: str) -> typer.BadParameter:
 def fetch(api: ApiClient, file: str, **query: str | None) -> dict[str, Any]:
     """Returns the report of an uploaded file, once it is made. Raises Refused where there is none."""
     asked = {name: value for name, value in query.items() if value is not None}
-    with output.errors.status("waiting for the report") as status:
+    with output.waiting("waiting for the report") as status:
         while (found := api.call("GET", f"/files/{file}/report", params=asked))["status"] in ("queued", "running"):
             status.update(f"{found['status']}: {found['progress']:.0%}")
             time.sleep(POLL_SECONDS)

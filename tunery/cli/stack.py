@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from rich.text import Text
 from sqlalchemy import delete
 
 from tunery import db, processes
@@ -20,13 +21,13 @@ from tunery.local.bases import SMOLLM2, NoModel
 from tunery.local.paths import LOOPBACK
 from tunery.local.signals import ends_on_signals, undisturbed
 from tunery.local.stack import Stack
-from tunery.local.terminal import Reporter
+from tunery.local.terminal import Reporter, literal_console
 from tunery.models.model import Model
 
 
 def up(home: Path, *, port: int, gguf: Path | None) -> None:
     """Runs until Ctrl-C or SIGTERM. Raises TuneryError when a service does not start, or ends again and again."""
-    console = Console(highlight=False)
+    console = literal_console()
     allow = os.environ.get("TUNERY_WEBHOOK_ALLOW", LOOPBACK)
     stack = Stack(home, port=port, environment={"TUNERY_WEBHOOK_ALLOW": allow}, report=Reporter(console))
     with ends_on_signals():
@@ -69,7 +70,8 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
             with sessions.begin() as session:
                 session.execute(delete(Key).where(Key.id == key.id))
     except NoModel as missing:
-        console.print(f"  [yellow]![/] {missing.message} Or name a file with --model.", soft_wrap=True)
+        said = f"{missing.message} Or name a file with --model."
+        console.print(Text.assemble(("  ! ", "yellow"), said), soft_wrap=True)
     finally:
         engine.dispose()
 
@@ -96,7 +98,12 @@ def _show_key(stack: Stack, console: Console) -> None:
 
 def _welcome(stack: Stack, console: Console) -> None:
     console.print(
-        f"[bold]Tunery is up.[/] OpenAI's API at [bold]{stack.api_url}/v1[/], its docs at {stack.api_url}/docs",
+        Text.assemble(
+            ("Tunery is up.", "bold"),
+            " OpenAI's API at ",
+            (f"{stack.api_url}/v1", "bold"),
+            f", its docs at {stack.api_url}/docs",
+        ),
         soft_wrap=True,
     )
     console.print(f"Logs and data: {stack.home}. Ctrl-C stops everything.", style="dim", soft_wrap=True)
@@ -104,7 +111,7 @@ def _welcome(stack: Stack, console: Console) -> None:
 
 def down(home: Path) -> None:
     """Stops the owner of `home` and waits for its end."""
-    console = Console(highlight=False)
+    console = literal_console()
     owner = lock.owner(home)
     if owner is None:
         console.print(f"No stack runs in {home}.", style="dim")

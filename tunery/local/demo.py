@@ -59,7 +59,7 @@ class Proof:
 
 def run(base: PackagedBase, *, rows: int, test_rows: int) -> int:
     """Returns the exit status: 0 when everything was proved, 1 when something was not, 130 after Ctrl-C."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     started = time.monotonic()
     _remove_old_homes(keep=1)
     home = HOMES / f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

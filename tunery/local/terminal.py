@@ -41,6 +41,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def literal_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Returns a console that prints strings as they are: a token `[/INST]` is no markup, a name's `:bank:` no emoji."""
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
 def print_whole(console: Console, table: Table) -> None:
     """Prints a table at its full width, so that the terminal wraps lines instead of cutting ids and digests.
 
