@@ -169,6 +169,19 @@ def test_a_gates_verdict_arrives_and_a_later_publish_changes_no_try(
     _unwrap(first, endpoint.secret)
 
 
+def test_the_verdict_on_the_served_model_arrives(
+    session: Session, project: Project, endpoint: WebhookEndpoint, receiver: Receiver, allowing: Settings
+) -> None:
+    job = rows.job(session, project, state=State.RUNNING)
+    job.served = {"status": "differs", "withheld": True, "rows": 2, "equal": 1, "first_difference": {"row": 1}}
+    ledger.move(session, job, State.SUCCEEDED, message="ended", **rows.final_values(session, job, State.SUCCEEDED))
+    session.commit()
+    outbox.deliver_due(allowing)
+
+    [received] = receiver.received
+    assert json.loads(received.body)["data"] == {"id": job.id, "served": {"status": "differs", "withheld": True}}
+
+
 @pytest.mark.parametrize("of_today", [True, False])
 def test_the_primary_metric_of_a_scorecard_arrives(
     session: Session,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ssl import SSLContext
+from types import MappingProxyType
 from typing import Any
 
 from tunery import ids
@@ -62,18 +63,22 @@ def encode(
     at: datetime,
     object_id: str,
     *,
-    gate: str | None = None,
-    withheld: bool = False,
+    verdicts: Mapping[str, Mapping[str, Any] | None] = MappingProxyType({}),
     scorecard: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Returns the body about a job or a file. The same event gives the same bytes on every try.
 
-    `gate`: its verdict on the job's model, where the job has one; `withheld`: whether it kept the model back.
+    `verdicts`: those on the job's model by their names, of which the body has the status and whether the model was
+    withheld.
     `scorecard`: the job's, of which the body has the primary metric. `report`: the summary of the file's.
     """
     at = at.astimezone(UTC)
-    more: dict[str, Any] = {} if gate is None else {"gate": {"status": gate, "withheld": withheld}}
+    more: dict[str, Any] = {
+        name: {"status": found.get("status"), "withheld": found.get("withheld", False)}
+        for name, found in verdicts.items()
+        if found
+    }
     if scorecard and (found := scorecard.get("metrics", {}).get(scorecard.get("primary"))):
         more["scorecard"] = {"rows": scorecard["rows"], "metric": scorecard["primary"], **found}
     if report is not None:

@@ -217,9 +217,9 @@ def _body(session: Session, event: Event) -> bytes:
     if isinstance(event, FileEvent):
         return messages.encode(*named, event.file_id, report=event.data)
     # Not later actions of the job's owner, as a repeated try must have the same content.
-    gate, card = session.execute(select(Job.gate, Job.scorecard).where(Job.id == event.job_id)).one()
-    verdict = {"gate": gate.get("status"), "withheld": gate.get("withheld", False)} if gate else {}
-    return messages.encode(*named, event.job_id, scorecard=card, **verdict)
+    found = select(Job.gate, Job.served, Job.scorecard).where(Job.id == event.job_id)
+    gate, served, card = session.execute(found).one()
+    return messages.encode(*named, event.job_id, scorecard=card, verdicts={"gate": gate, "served": served})
 
 
 def _try(claim: _Claim, settings: Settings, transaction: Transaction, resolver: Resolver) -> None:
