@@ -173,6 +173,14 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[],
     return False
 
 
+def ending(status: int) -> str:
+    """Returns what an exit status means: "exited with status 3", or the signal that killed the process."""
+    if status >= 0:
+        return f"exited with status {status}"
+    cause = " (the host may have run out of memory)" if status == -signal.SIGKILL else ""
+    return f"was killed by signal {-status}{cause}"
+
+
 def tail(path: Path, lines: int = 15) -> str:
     """Returns the last lines of a log (of its last 8 KiB), for an error's text; empty when there is none.
 

@@ -184,7 +184,11 @@ def test_up_starts_again_what_was_killed_and_down_is_quick_without_a_server(home
         up.wait_for(lambda: all((new := _child(up, part)) and new != killed[part] for part in PARTS))
         up.wait_for(lambda: _health(home) == 200)
         for name in ("Postgres", "Valkey", "api", "server", "worker-train", "worker-io"):
-            assert re.search(rf"{name} .*had ended \(-9\) and was started again$", up.said(), re.MULTILINE), up.said()
+            assert re.search(
+                rf"{name} .*was killed by signal 9 \(the host may have run out of memory\) and was started again$",
+                up.said(),
+                re.MULTILINE,
+            ), up.said()
         for part in ("-D", "valkey"):
             child = _child(up, part)
             assert child is not None

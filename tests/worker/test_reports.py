@@ -143,7 +143,7 @@ def test_a_report_that_kills_its_process_fails_alone(
     assert report_all() == 1
     (report,), (event,), (file,) = (_rows(workshop, kind) for kind in (FileReport, FileEvent, File))
     assert (report.status, event.outcome, file.status) == ("failed", "processed", "processed")
-    assert "exited with status -9" in report.error
+    assert "it was killed by signal 9 (the host may have run out of memory)" in report.error
 
 
 def test_a_worker_that_stops_gives_the_report_back(workshop: Workshop) -> None:

@@ -42,7 +42,7 @@ class HomeInUse(TuneryError):
 
 
 class ServiceDied(TuneryError):
-    """{name} exited with status {status}. Its log, {log}, ends with:
+    """{name} {ending}. Its log, {log}, ends with:
     {tail}"""
 
     code = "service_died"
@@ -149,9 +149,9 @@ class Stack:
         for part in self._dead():
             if not self._restarts.allow(_name_of(part)):
                 raise self._death_of(part)
-            status = _status_of(part)
+            ending = _ending_of(part)
             self._restart(part)
-            self.report(_name_of(part), f"had ended ({status}) and was started again")
+            self.report(_name_of(part), f"{ending} and was started again")
         if self._watcher is not None and self._watcher.poll() is not None:
             self._watch_over()
 
@@ -172,7 +172,7 @@ class Stack:
     def _death_of(self, part: "Service | Postgres | Valkey") -> ServiceDied:
         log = part.log if isinstance(part, Service) else part.log()
         return ServiceDied(
-            name=_name_of(part), status=_status_of(part), log=log, tail=processes.tail(log) or "(nothing)"
+            name=_name_of(part), ending=_ending_of(part), log=log, tail=processes.tail(log) or "(nothing)"
         )
 
     def settings(self) -> dict[str, str]:
@@ -292,7 +292,7 @@ class Stack:
             self.check()
             if time.monotonic() > deadline:
                 log = self.home / "logs/api.log"
-                raise ServiceDied(name="api (no answer in 120 s)", status=None, log=log, tail=processes.tail(log))
+                raise ServiceDied(name="api", ending="did not answer in 120 s", log=log, tail=processes.tail(log))
             time.sleep(0.1)
 
     def _stop_services(self) -> None:
@@ -328,8 +328,9 @@ def _name_of(part: Service | Postgres | Valkey) -> str:
     return part.name if isinstance(part, Service) else type(part).__name__
 
 
-def _status_of(part: Service | Postgres | Valkey) -> int | None:
-    return part.process.returncode if isinstance(part, Service) and part.process else getattr(part, "status", None)
+def _ending_of(part: Service | Postgres | Valkey) -> str:
+    status = part.process.returncode if isinstance(part, Service) and part.process else getattr(part, "status", None)
+    return "has ended" if status is None else processes.ending(status)
 
 
 def _celery(queue: str, level: str) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunery.db import UNREACHABLE
-from tunery.processes import dies_with_parent, tail
+from tunery.processes import dies_with_parent, ending, tail
 from tunery.storage.errors import StorageFailed
 from tunery.trainer_protocol import EXIT_USER_ERROR
 from worker.supervisor.drain import Drain
@@ -155,6 +155,8 @@ def _reason(status: int, errors_path: Path, what: str) -> str:
     if status == EXIT_USER_ERROR:
         return tail(errors_path, 1)  # libraries may have written something before it
     said = tail(errors_path, 50)
-    log.error("the %s exited with status %s: %s", what, status, said or "(nothing)")
-    last = said.rpartition("\n")[2] or f"it exited with status {status} and printed nothing"
+    log.error("the %s %s: %s", what, ending(status), said or "(nothing)")
+    last = said.rpartition("\n")[2] or f"it {ending(status)} and printed nothing"
+    if status < 0:  # what it printed before, such as a library's warning, does not say why it ended
+        last = f"it {ending(status)}"
     return f"The {what} failed: {last.rstrip('.')}. The worker's log has the details."

@@ -13,7 +13,6 @@ Outcomes, by the final message and the exit status:
 
 import logging
 import shutil
-import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from tunery import db
+from tunery import db, processes
 from tunery import trainer_protocol as protocol
 from tunery.artifacts.manifest import Manifest
 from tunery.datasets import files
@@ -264,12 +263,7 @@ def _public_reason(error: Exception) -> str:
 
 
 def _exit_reason(trainer: Trainer, status: int) -> str:
-    cause = f"the trainer exited with status {status}"
-    if status < 0:
-        cause = f"the trainer was killed by signal {-status}"
-    if status == -signal.SIGKILL:
-        cause += " (the host may have run out of memory)"
-    return f"{cause}; its log ends with: {trainer.log_tail() or '(nothing)'}"
+    return f"the trainer {processes.ending(status)}; its log ends with: {trainer.log_tail() or '(nothing)'}"
 
 
 def _drop(lease: Lease) -> None:
