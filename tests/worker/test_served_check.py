@@ -131,9 +131,10 @@ def test_a_check_that_cannot_be_started_withholds_nothing(start: Start, settings
     run_dir = start(SAYS_EQUAL)
     (run_dir / "errors.txt").mkdir()
     with _check(run_dir, settings) as check:
+        check.make_ready()
         found = check.run()
-    assert (found.status, found.withheld) == ("not_compared", False)
-    assert found.reason == "The check of the served model could not be started: Is a directory."
+    reason = "The check of the served model could not be started: Is a directory."
+    assert found == Served(status="not_compared", reason=reason)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -144,6 +145,23 @@ def test_a_check_that_breaks_withholds_nothing(start: Start, settings: Settings,
         found = check.run()
     assert (found.status, found.withheld) == ("not_compared", False)
     assert "MemoryError: none left" in str(found.reason)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_check_that_is_killed_is_not_explained_by_a_warning(start: Start, settings: Settings, ahead: bool) -> None:
+    says = "print('FutureWarning: x is deprecated', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    run_dir = start(says)
+    with _check(run_dir, settings) as check:
+        if ahead:
+            check.make_ready()
+        found = check.run()
+    assert (found.status, found.withheld) == ("not_compared", False)
+    assert found.reason == (
+        "The check of the served model failed: it was killed by signal 9 (the host may have run out of memory). "
+        "The worker's log has the details."
+    )
+    assert Served.model_validate_json((run_dir / "out" / "served.json").read_bytes()) == found
+    assert (run_dir / "out" / "README.md").read_text() == f"\n## Served\n\n{found.summary}\n"
 
 
 @pytest.mark.parametrize("ahead", [False, True])

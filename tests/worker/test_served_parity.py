@@ -1,5 +1,6 @@
 """The check that the model server, on the files of a run, answers as the run's evaluation did."""
 
+import errno
 import gc
 import io
 import itertools
@@ -22,6 +23,7 @@ from worker.server import parity
 from worker.server.batch import Batch
 from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering
+from worker.supervisor import served_note
 from worker.trainer.convert import convert
 from worker.trainer.decoding.ties import tie
 from worker.trainer.report import MessageWriter
@@ -76,7 +78,7 @@ def test_answers_are_equal_and_the_artifact_says_so(run: Path) -> None:
     assert found.tokens == sum(len(answer["ids"]) for answer in answers) > 12
     assert len({tuple(answer["ids"]) for answer in answers}) > 1
 
-    parity.write(found, run / "out")
+    served_note.write(found, run / "out")
 
     assert Served.model_validate_json((run / "out" / "served.json").read_text()) == found
     readme = (run / "out" / "README.md").read_text()
@@ -149,6 +151,18 @@ def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:
     assert (found.status, found.withheld, found.rows) == ("refused", True, 12)
     assert found.reason is not None
     assert "cannot be loaded onto its base" in found.reason
+
+
+def test_a_host_that_fails_says_nothing_about_the_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as change:
+        change.setattr(parity.manifest, "describe", full)
+        with pytest.raises(OSError, match="No space left"):
+            _check(run)
+    (run / "out" / "adapter_config.json").unlink()
+    assert _check(run).status == "refused", "a file that is missing is missing for the model server, too"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ With `--wait` it imports what it needs, then reads its arguments, a JSON array, 
 trainer is running, and this process uses neither its GPU nor its files.
 """
 
+import errno
 import gc
 import json
 import os
@@ -32,11 +33,14 @@ from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 from worker.server.streams import Stream
+from worker.supervisor import served_note
 from worker.supervisor.staging import EXPORTS
 from worker.trainer.decoding.ties import Precision, tie
 
 LEAST_EQUAL = 0.96
 """The fraction of rows that must be equal, or ties, in bf16."""
+_OF_THE_HOST = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+"""Errors of the host's disk, memory and open files. Others, such as that of a missing file, are the model's."""
 _SPARED_FROM = 10
 """From this many rows on, one may differ in bf16, even if that is more than LEAST_EQUAL leaves."""
 
@@ -57,7 +61,10 @@ class Compared:
 
 
 def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
-    """Compares at most `rows` rows and `tokens` tokens of each. Raises torch.OutOfMemoryError."""
+    """Compares at most `rows` rows and `tokens` tokens of each.
+
+    Raises torch.OutOfMemoryError, and OSError where the host fails: neither says anything about the model.
+    """
     run = Run.model_validate_json((run_dir / "spec.json").read_text())
     precision = _precision(run_dir / "out", device)
     asked = _spread(_read(run_dir / GREEDY), rows)
@@ -68,7 +75,9 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
         compared = [found for some in batches for found in _compare(engine, chosen, some, tokens, precision)]
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001  whatever it is, the model server would meet it too
+    except Exception as error:  # whatever it is, the model server would meet it too
+        if isinstance(error, OSError) and error.errno in _OF_THE_HOST:
+            raise
         return Served(status="refused", rows=len(asked), precision=precision, reason=_reason(error))
     return judge(compared, precision)
 
@@ -251,13 +260,6 @@ def _reason(error: Exception) -> str:
     return error.message if isinstance(error, TuneryError) else f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def write(found: Served, artifact: Path) -> None:
-    """Writes `served.json`, and a section of the artifact's README."""
-    (artifact / "served.json").write_text(found.model_dump_json(indent=2) + "\n")
-    with (artifact / "README.md").open("a", encoding="utf-8") as readme:
-        readme.write(f"\n## Served\n\n{found.summary}\n")
-
-
 def main() -> int:
     arguments = sys.argv[1:]
     if len(arguments) != 3 and arguments != ["--wait"]:
@@ -274,7 +276,7 @@ def main() -> int:
         arguments = json.loads(line)
     run_dir, rows, tokens = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    write(check(run_dir, rows, tokens, device), run_dir / "out")
+    served_note.write(check(run_dir, rows, tokens, device), run_dir / "out")
     return 0
 
 

@@ -15,6 +15,7 @@ from tunery.jobs import leases, ledger
 from tunery.jobs.leases import Lease
 from tunery.settings import Settings
 from worker.io.programs import Program
+from worker.supervisor import served_note
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.process import environment
 
@@ -65,7 +66,12 @@ class Check:
             return protocol.Served.model_validate_json((self._run_dir / "out" / "served.json").read_bytes())
         reason = "The worker was shutting down." if self._keeper.draining else failure
         log.warning("the model of %s was not compared: %s", self._keeper.lease.job_id, reason)
-        return protocol.Served(status="not_compared", reason=reason)
+        found = protocol.Served(status="not_compared", reason=reason)
+        try:
+            served_note.write(found, self._run_dir / "out")
+        except OSError:  # the job says it, too
+            (self._run_dir / "out" / "served.json").unlink(missing_ok=True)
+        return found
 
     def _begin(self) -> Program:
         """Returns the process, which has got its work: the one that waits, or another if that has ended."""
