@@ -148,7 +148,7 @@ def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         (tmp_path / "tree/worker").mkdir(parents=True)
         (tmp_path / "tree/worker/trainer.py").write_text(script)
         monkeypatch.setattr(process_, "ROOT", tmp_path / "tree")
-        made = process_.Trainers("mark", (1,), tmp_path / "waiting.log")
+        made = process_.Trainers("mark", (1,), tmp_path / "slots/waiting.log")
         made.make_ready()
         made.make_ready()
         return made
@@ -195,6 +195,19 @@ def test_a_process_that_ended_while_it_waited_is_replaced(
     waiting.process.wait()
     trainer = made.start(tmp_path, (1,))
     assert (trainer.wait(), trainer.log_tail()) == (1, str(tmp_path))
+
+
+def test_a_runs_folder_that_was_cleared_stops_no_worker(
+    trainers: Callable[[str], process_.Trainers], tmp_path: Path
+) -> None:
+    made = trainers(WAITS)
+    (tmp_path / "slots/waiting.log").unlink()
+    (tmp_path / "slots").rmdir()
+    trainer = made.start(tmp_path, (1,))
+    assert (trainer.wait(), trainer.log_tail()) == (0, "on GPU 1")
+    made.make_ready()
+    trainer = made.start(tmp_path, (1,))
+    assert (trainer.wait(), trainer.log_tail()) == (0, "on GPU 1")
 
 
 def test_what_breaks_the_imports_is_the_log_of_the_run(

@@ -68,6 +68,7 @@ class Preloaded:
     def __init__(self, gpus: tuple[int, ...], mark: str, log: Path) -> None:
         self.log = log
         self._environment = environment(gpus, mark)
+        log.parent.mkdir(parents=True, exist_ok=True)  # a full disk may have been cleared by hand since the start
         with log.open("wb") as errors:
             self.process = _spawn("--wait", self._environment, subprocess.PIPE, errors)
 
