@@ -438,4 +438,6 @@ def test_the_actual_stands_beside_the_quote(seconds: float, of_quoted: float, in
     assert (alone.of_quoted, alone.in_range, alone.gpu_hours, alone.cost) == (None, None, 1.0, 3.6)
     assert quote.say(None, alone) == "The run took 1800 s (1.00 GPU hours, 3.60 USD)"
     short = quote.compare(None, "CPU", 0, 0.4, SETTINGS)
-    assert (short.cost, quote.say(None, short)) == (4e-05, "The run took 0 s (0.00 GPU hours, 0.00004 USD)")
+    assert (short.cost, quote.say(None, short)) == (4e-05, "The run took 0 s (0.00004 USD)")
+    free = short.model_copy(update={"cost": None})
+    assert quote.say(None, free) == "The run took 0 s", "a CPU has no GPU hours"

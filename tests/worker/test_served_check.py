@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,20 @@ def test_a_check_that_is_killed_is_not_explained_by_a_warning(start: Start, sett
     )
     assert Served.model_validate_json((run_dir / "out" / "served.json").read_bytes()) == found
     assert (run_dir / "out" / "README.md").read_text() == f"\n## Served\n\n{found.summary}\n"
+
+
+@pytest.mark.parametrize(
+    ("free", "why"),
+    [(4096, "its worker's disk is full: ask the operator to free space there"), (2**30, "printed nothing")],
+)
+def test_a_check_that_cannot_even_print_names_the_full_disk(
+    start: Start, settings: Settings, monkeypatch: pytest.MonkeyPatch, free: int, why: str
+) -> None:
+    monkeypatch.setattr(programs.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with _check(start("sys.exit(1)"), settings) as check:
+        found = check.run()
+    said = f"The check of the served model failed: it exited with status 1 and {why}. The worker's log has the details."
+    assert (found.status, found.reason) == ("not_compared", said)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -216,8 +216,9 @@ def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices:
 
 def say(quote: Quote | None, actual: Actual) -> str:
     """Returns the comparison in a sentence, for the job's event."""
-    money = "" if actual.cost is None else f", {say_price(actual.cost)} {actual.currency}"
-    took = f"The run took {actual.seconds:.0f} s ({actual.gpu_hours:.2f} GPU hours{money})"
+    spent = [f"{actual.gpu_hours:.2f} GPU hours"] if actual.gpus else []
+    spent += [] if actual.cost is None else [f"{say_price(actual.cost)} {actual.currency}"]
+    took = f"The run took {actual.seconds:.0f} s" + (f" ({', '.join(spent)})" if spent else "")
     if quote is None or actual.of_quoted is None:
         return took
     asked = quote.seconds

@@ -20,6 +20,8 @@ from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
 
 log = logging.getLogger(__name__)
+_ROOM_FOR_WORDS = 64 * 1024
+"""Bytes that a program needs to print its errors."""
 
 
 @contextmanager
@@ -156,7 +158,14 @@ def _reason(status: int, errors_path: Path, what: str) -> str:
         return tail(errors_path, 1)  # libraries may have written something before it
     said = tail(errors_path, 50)
     log.error("the %s %s: %s", what, ending(status), said or "(nothing)")
-    last = said.rpartition("\n")[2] or f"it {ending(status)} and printed nothing"
+    last = said.rpartition("\n")[2] or f"it {ending(status)} and {_why_silent(errors_path.parent)}"
     if status < 0:  # what it printed before, such as a library's warning, does not say why it ended
         last = f"it {ending(status)}"
     return f"The {what} failed: {last.rstrip('.')}. The worker's log has the details."
+
+
+def _why_silent(folder: Path) -> str:
+    """Returns what is known of a program that printed nothing: on a full disk it cannot even say why it failed."""
+    if shutil.disk_usage(folder).free < _ROOM_FOR_WORDS:
+        return "its worker's disk is full: ask the operator to free space there"
+    return "printed nothing"
