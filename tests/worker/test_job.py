@@ -113,6 +113,7 @@ def _check_quote(workshop: Workshop, job: Job) -> None:
     assert (kept["steps"], kept["step_times"]["steps"], kept["spent"]["answer"]["units"]) == (12, 11, 2 * 2)
     assert kept["spent"]["scores"]["seconds"] > 0
     assert kept["spent"]["rows"]["units"] == (job.trained_tokens + kept["spent"]["validation"]["units"]) / 4  # epochs
+    assert "seconds_left" not in job.progress, "of the last step; the job has its `estimated_finish`"
     timed = job.progress["latency"]
     assert (timed["device"], timed["p50_seconds"] > 0, timed["prompt_tokens"] > timed["answer_tokens"]) == (
         "cpu", True, True,

@@ -175,7 +175,6 @@ class RunRecorder:
                 train_loss=step.train_loss,
                 tokens=step.tokens,
                 step_seconds=step.seconds,
-                seconds_left=step.seconds_left,
             )
             | self._about,
         }
