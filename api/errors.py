@@ -91,7 +91,7 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
     if isinstance(error, TuneryError) and status_of(error) != 500:
         return error
     if isinstance(error, RequestValidationError):
-        return request_errors.explain(error, route)
+        return request_errors.explain(error)
     if isinstance(error, HTTPException):
         return request_errors.explain_http(error, route)
     if isinstance(error, DataError) and isinstance(error.orig, NumericValueOutOfRange):

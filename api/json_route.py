@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from fastapi import HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from api import middleware
+from api import middleware, request_errors
 from tunery.errors import TooLarge
 from tunery.keys import auth
 from tunery.rows import strict_json
@@ -48,7 +49,11 @@ class JsonRoute(APIRoute):
             if self.body_field is not None:
                 await run_in_threadpool(_authenticate, request)
                 _limit(request, self.limit(request.app.state.settings))
-            return await handle(_Request(request.scope, request.receive, self.most_values))
+            try:
+                return await handle(_Request(request.scope, request.receive, self.most_values))
+            except RequestValidationError as error:  # here, as the route knows what its body may have
+                known = self.body_field.field_info.annotation if self.body_field is not None else None
+                raise request_errors.explain(error, known) from error
 
         return handle_strictly
 

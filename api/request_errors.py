@@ -1,20 +1,17 @@
 """Converts the framework's errors about a request to this project's."""
 
-import re
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from tunery import field_errors
 from tunery.errors import InvalidValue, Rejected, TooLarge, TuneryError
-from tunery.jobs.request import JobRequest
 
 _NOT_JSON = (
     "The request's body is not declared as JSON. Send it with 'Content-Type: application/json' "
     "(curl -d alone sends a form)."
 )
-_CREATES_JOB = re.compile(r"POST /v1/fine_tuning/jobs(/[^/]+/rerun)?")
-"""The routes of which fields are suggested for an unknown one. Jobs only: the other bodies have too few to mistake."""
 
 
 class RouteNotFound(TuneryError):
@@ -36,11 +33,13 @@ class TooSlow(TuneryError):
     code = "request_timeout"
 
 
-def explain(error: RequestValidationError, route: str) -> Rejected:
-    """Returns the error for the first invalid field, with all reasons."""
+def explain(error: RequestValidationError, known: Any = None) -> Rejected:
+    """Returns the error for the first invalid field, with all reasons.
+
+    `known`: the type of the body, of which a field is suggested for an unknown one.
+    """
     if isinstance(error.body, bytes):
         return InvalidValue(reason=_NOT_JSON)
-    known = JobRequest if _CREATES_JOB.fullmatch(route) else None
     return field_errors.explain(error.errors(), error.body, known)
 
 

@@ -51,11 +51,11 @@ _OTHER_NAMES = {
 Fault = dict[str, Any]
 
 
-def explain(faults: Sequence[Fault], body: Any, known: type[BaseModel] | None = None) -> InvalidValue:
+def explain(faults: Sequence[Fault], body: Any, known: Any = None) -> InvalidValue:
     """Returns the error for the first invalid field, with all reasons.
 
     `faults` are pydantic's, each `loc` beginning with its place ("body", "query"). For an unknown name, a field of
-    `known`, the request's class, is suggested.
+    `known`, the type of the request's body, is suggested.
     """
     faults = faults[:_EXPLAINED]
     paths = [_path(fault, body) for fault in faults]
@@ -84,7 +84,7 @@ def _path(fault: Fault, body: Any) -> str:
     return ".".join(path)
 
 
-def _reason(faults: Sequence[Fault], path: str, body: Any, known: type[BaseModel] | None) -> str:
+def _reason(faults: Sequence[Fault], path: str, body: Any, known: Any) -> str:
     kind = faults[0]["type"]
     if kind in _MISSING and not path:
         return "The request has no JSON body. Send one, with 'Content-Type: application/json'."
@@ -98,7 +98,7 @@ def _reason(faults: Sequence[Fault], path: str, body: Any, known: type[BaseModel
     return f"Invalid value for '{path or 'body'}' ({_shown(value)}): {', or '.join(said)}."
 
 
-def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
+def _unknown(path: str, body: Any, known: Any) -> str:
     suggestion = _suggestion(path, known)
     if path.startswith("technique.") and isinstance(body, dict):
         kind = body["technique"].get("type")
@@ -116,7 +116,7 @@ def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
     return f"Unknown parameter: '{path}'. Remove it, or check its spelling against /docs."
 
 
-def _parts(known: type[BaseModel] | None) -> list[str]:
+def _parts(known: Any) -> list[str]:
     """Returns the names that `columns` may have."""
     return [path.partition(".")[2] for path in (_paths(known) if known else ()) if path.startswith("columns.")]
 
@@ -131,7 +131,7 @@ def _unknown_part(name: str, parts: Sequence[str]) -> str:
     )
 
 
-def _suggestion(path: str, known: type[BaseModel] | None) -> str:
+def _suggestion(path: str, known: Any) -> str:
     """Returns the field that `path` probably means, or nothing. Fields at the same place come first."""
     if known is None:
         return ""
@@ -148,7 +148,7 @@ def _suggestion(path: str, known: type[BaseModel] | None) -> str:
 
 
 @cache
-def _paths(known: type[BaseModel]) -> tuple[str, ...]:
+def _paths(known: Any) -> tuple[str, ...]:
     """Returns the dotted paths of all fields; deprecated ones last."""
     found = list(dict.fromkeys(_walk(known)))
     return tuple(sorted(found, key=lambda path: path.startswith("hyperparameters")))

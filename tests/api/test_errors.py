@@ -256,6 +256,24 @@ def test_every_route_that_reads_json_says_what_is_wrong_with_it(app: FastAPI, ad
         assert "Send it with 'Content-Type: application/json'" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "meant"),
+    [
+        ("/v1/fine_tuning/baselines", {"model": "m", "eval_file": "f", "shot": [0]}, "shots"),
+        ("/v1/models/m/exports", {"merge": True}, "merged"),
+        ("/v1/models/m/scorecards", {"evaluation": {"testfile": "f"}}, "evaluation.test_file"),
+        ("/v1/models/m/capture", {"keepdays": 3}, "keep_days"),
+        ("/v1/feedback", {"id": "x", "ratings": "good"}, "rating"),
+        ("/v1/fine_tuning/jobs/j/rerun", {"sufix": "x"}, "suffix"),
+    ],
+)
+def test_an_unknown_field_of_any_body_names_the_one_that_was_meant(
+    admin: Team, route: str, body: dict[str, Any], meant: str
+) -> None:
+    error = _error(admin.http.post(route, json=body), 400)
+    assert error["message"].endswith(f"Did you mean '{meant}'?")
+
+
 def test_a_byte_order_mark_is_no_fault(team: Team) -> None:
     assert _error(_post(team.http, "/v1/fine_tuning/jobs", b"\xef\xbb\xbf{}"), 400)["param"] == "model"
 
