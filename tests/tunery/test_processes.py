@@ -1,4 +1,4 @@
-"""Processes of the service: how their ends are told."""
+"""Descriptions of how a process of the service ended."""
 
 import signal
 
