@@ -68,7 +68,7 @@ def _checks_until_the_end(workshop: Workshop, job_id: str) -> list[list[str]]:
         for process in workshop.trainers():
             with suppress(psutil.NoSuchProcess):
                 command = process.cmdline()
-                if "worker.server.parity" in command:
+                if "worker.server.check" in command:
                     found[process.pid] = command[3:]
         return workshop.job(job_id).state in FINAL
 

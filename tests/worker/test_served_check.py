@@ -52,7 +52,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def put(check: str, trainer: str | None = None) -> Path:
         (tmp_path / "worker" / "server").mkdir(parents=True)
-        (tmp_path / "worker" / "server" / "parity.py").write_text(CHECK + check)
+        (tmp_path / "worker" / "server" / "check.py").write_text(CHECK + check)
         (tmp_path / "worker" / "trainer.py").write_text(trainer or "")
         (tmp_path / "out").mkdir()
         (tmp_path / GREEDY).touch()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tunery.spec import Evaluation, Full, Lora, Qlora, Technique
 from tunery.trainer_protocol import GREEDY, Served, TokenDifference
-from worker.server import parity
+from worker.server import check, parity
 from worker.server.batch import Batch
 from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering
@@ -244,6 +244,6 @@ def test_a_check_that_waits_ends_with_its_worker(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["parity", "--wait"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     try:
-        assert parity.main() == 0
+        assert check.main() == 0
     finally:
         gc.unfreeze()

@@ -50,6 +50,17 @@ def test_model_server_without_its_plug_in_ends_and_names_it() -> None:
     assert "The plug-in 'toy_that_is_nowhere' cannot be" in ran.stderr
 
 
+@pytest.mark.usefixtures("settings")
+def test_model_server_without_its_gpu_ends_and_names_the_setting() -> None:
+    environment = {**os.environ, "TUNERY_SERVE_GPU": "93"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "worker.server"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2
+    assert "Error: TUNERY_SERVE_GPU is 93, but CUDA finds no such GPU here" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop) -> None:
     worker = workshop.start("train", **driver(workshop, fails=6))
     assert worker.wait(60) == 1

@@ -36,8 +36,7 @@ def main() -> None:
     url = urlsplit(settings.server_url)
     with ending_if_wrong():
         make_folders(settings, "models_dir")
-        storage = open_storage(settings)
-    engine = backend.make(settings, storage, device)
+        engine = backend.make(settings, open_storage(settings), device)
     app = create_app(
         engine,
         places=settings.server_places,

@@ -1,18 +1,12 @@
-"""`python -m worker.server.parity RUN_DIR ROWS TOKENS`: checks that the model server gives the scorecard's answers.
+"""Compares the model server's answers with those of a run's scorecard.
 
-Reads `greedy.jsonl`, and the base and artifact of the run directory as the model server reads them from storage. It is
-a separate process: nothing of the run is in its memory, and the run's GPU is free. Writes `served.json` to the
-artifact, and a section of its README. A difference, or a model that cannot be loaded, is a result and not an error.
-With `--wait` it imports what it needs, then reads its arguments, a JSON array, from standard input; until then the
-trainer is running, and this process uses neither its GPU nor its files.
+Reads `greedy.jsonl`, and the base and artifact of the run directory as the model server reads them from storage. A
+difference, or a model that cannot be loaded, is a result and not an error.
 """
 
 import errno
-import gc
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from tunery import plugins, serving
+from tunery import serving
 from tunery.artifacts import manifest
 from tunery.errors import TuneryError
 from tunery.serving import Chosen, Files, TunedFiles
@@ -33,7 +26,6 @@ from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 from worker.server.streams import Stream
-from worker.supervisor import served_note
 from worker.supervisor.staging import EXPORTS
 from worker.trainer.decoding.ties import Precision, tie
 
@@ -258,27 +250,3 @@ def _describe(
 
 def _reason(error: Exception) -> str:
     return error.message if isinstance(error, TuneryError) else f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def main() -> int:
-    arguments = sys.argv[1:]
-    if len(arguments) != 3 and arguments != ["--wait"]:
-        sys.stderr.write("usage: python -m worker.server.parity (RUN_DIR ROWS TOKENS | --wait)\n")
-        return 2
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    disable_progress_bar()
-    plugins.load(plugins.names(), "server")
-    gc.freeze()  # else Python looks for garbage in all that was imported when it ends, which takes 2 s
-    if arguments == ["--wait"]:
-        line = sys.stdin.readline()
-        if not line.endswith("\n"):  # the worker has ended
-            return 0
-        arguments = json.loads(line)
-    run_dir, rows, tokens = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    served_note.write(check(run_dir, rows, tokens, device), run_dir / "out")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -93,7 +93,7 @@ class Check:
         )
 
     def _start(self, arguments: list[str], *, waits: bool = False) -> Program:
-        return Program(["worker.server.parity", *arguments], self._run_dir, self._environment, waits=waits)
+        return Program(["worker.server.check", *arguments], self._run_dir, self._environment, waits=waits)
 
     def _end(self) -> None:
         if self._program is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from tunery.errors import WrongSettings
 from tunery.planning.servable import Limits
 from tunery.serving import Chosen
 from tunery.settings import Settings
@@ -62,10 +63,16 @@ Make = Callable[[Settings, Storage, str], Backend]
 
 def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
     with imports.quickly():
+        import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from worker.server.backends.embedded import Engine  # imports torch
+        from worker.server.backends.embedded import Engine
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WrongSettings(
+            lines=f"TUNERY_SERVE_GPU is {settings.serve_gpu}, but CUDA finds no such GPU here: nvidia-smi lists "
+            "those of the host. Without this setting the model server uses the CPU."
+        )
     disable_progress_bar()
     return Engine(
         settings.models_dir,
