@@ -24,6 +24,12 @@ def driver(workshop: Workshop, *gpus: dict[str, Any], fails: int = 0) -> dict[st
     return {"TUNERY_PLUGINS": "fake_nvml", "FAKE_NVML": str(file), "PYTHONPATH": fixtures}
 
 
+def model_server(**settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs a model server with these settings, which must keep it from starting, to its end."""
+    command, environment = [sys.executable, "-m", "worker.server"], {**os.environ, **settings}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
 @pytest.mark.parametrize("queue", ["io", "train"])
 def test_a_worker_that_cannot_use_its_storage_ends_and_says_why(workshop: Workshop, queue: str) -> None:
     worker = workshop.start(queue, TUNERY_STORAGE_URL="ftp://nowhere")
@@ -42,20 +48,14 @@ def test_worker_without_its_plug_in_ends_and_names_it(workshop: Workshop, queue:
 
 @pytest.mark.usefixtures("settings")
 def test_model_server_without_its_plug_in_ends_and_names_it() -> None:
-    environment = {**os.environ, "TUNERY_PLUGINS": "toy_that_is_nowhere"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "worker.server"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    ran = model_server(TUNERY_PLUGINS="toy_that_is_nowhere")
     assert ran.returncode == 1
     assert "The plug-in 'toy_that_is_nowhere' cannot be" in ran.stderr
 
 
 @pytest.mark.usefixtures("settings")
 def test_model_server_without_its_gpu_ends_and_names_the_setting() -> None:
-    environment = {**os.environ, "TUNERY_SERVE_GPU": "93"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "worker.server"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    ran = model_server(TUNERY_SERVE_GPU="93")
     assert ran.returncode == 2
     assert "Error: TUNERY_SERVE_GPU is 93, but CUDA finds no such GPU here" in ran.stderr
     assert "Traceback" not in ran.stderr
