@@ -22,11 +22,6 @@ from worker.supervisor.process import environment
 log = logging.getLogger(__name__)
 
 
-def is_due(run_dir: Path, settings: Settings) -> bool:
-    """Whether the operator wants the check, and the run has answered test rows."""
-    return settings.served_check_rows > 0 and (run_dir / protocol.GREEDY).exists()
-
-
 class Check:
     """The check of one run. Its process, whose imports take 4 to 20 seconds, waits for the end of the trainer.
 
@@ -46,7 +41,8 @@ class Check:
 
     @property
     def is_due(self) -> bool:
-        return is_due(self._run_dir, self._settings)
+        """Whether the operator wants the check, and the run has answered test rows."""
+        return self._settings.served_check_rows > 0 and (self._run_dir / protocol.GREEDY).exists()
 
     def make_ready(self) -> None:
         """Starts the process once the check is due; call it from a thread that outlives the check."""
