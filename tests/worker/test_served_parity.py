@@ -241,7 +241,7 @@ def test_answers_on_a_gpu_are_equal_up_to_ties(tmp_path: Path, technique: Techni
 
 def test_a_check_that_waits_ends_with_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["parity", "--wait"])
+    monkeypatch.setattr(sys, "argv", ["check", "--wait"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     try:
         assert check.main() == 0

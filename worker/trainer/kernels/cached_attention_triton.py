@@ -5,12 +5,14 @@ once for all heads of queries that share it, and a second kernel joins the parts
 # mypy: ignore-errors
 # ruff: noqa: N803 - Triton's own style: constants that a kernel is compiled for are in capitals
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from worker.trainer.kernels.triton_ops import _processors
+from worker.trainer.kernels.triton_ops import processors
 
 _BLOCK_BYTES = 2**14
 """Bytes of keys that a program has at hand: with values and those read ahead, four times as much in shared memory."""
@@ -28,7 +30,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     key_heads, positions = keys.shape[1:3]
     padded = max(16, triton.next_power_of_2(width))
     block = max(16, _BLOCK_BYTES // (2 * padded))
-    parts = _parts(rows * key_heads, positions, _processors(query.device))
+    parts = _parts(rows * key_heads, positions, processors(query.device))
     each = triton.cdiv(triton.cdiv(positions, parts), block) * block
     parts = triton.cdiv(positions, each)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -37,7 +39,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
         sums = torch.empty(rows, heads, parts, padded, dtype=torch.float32, device=query.device)
         peaks = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=query.device)
     _attend[(rows * key_heads, parts)](
-        query, keys, values, lengths, out, sums, peaks, scale * 1.4426950408889634, window or 0, each, key_heads,
+        query, keys, values, lengths, out, sums, peaks, scale * math.log2(math.e), window or 0, each, key_heads,
         *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], parts,
         SHARED=heads // key_heads, GROUP=max(_LEAST_ROWS, triton.next_power_of_2(heads // key_heads)), WIDTH=width,
         PADDED=padded, BLOCK=block, WINDOWED=window is not None, WHOLE=parts == 1, num_warps=4, num_stages=2,

@@ -87,7 +87,7 @@ def add_rms_norm_backward(
     out = torch.empty_like(h)
     block = triton.next_power_of_2(width)
     # A program with many rows sums its part of the weight's gradient; without that gradient, more programs are faster.
-    each = max(1, -(-rows // (4 * _processors(h.device)))) if learns else 1
+    each = max(1, -(-rows // (4 * processors(h.device)))) if learns else 1
     programs = -(-rows // each)
     parts = torch.empty(programs, width, dtype=torch.float32, device=h.device) if learns else None
     _add_rms_norm_backward[(programs,)](
@@ -97,7 +97,8 @@ def add_rms_norm_backward(
     return out, None if parts is None else parts.sum(0)
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Returns how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
