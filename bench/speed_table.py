@@ -2,11 +2,12 @@
 
 `python -m bench.speed_table OUT.json [--rows "qlora 8b" "lora 1b" ...] [--seconds 540] [--runs 3] [--steps 50] [--skip
 10] [--models FOLDER] [--stacks tunery]`. Without `--rows` every row is measured, in the order of ROWS, and all of them
-RUNS times as far as the seconds allow. OUT.json is written after every measurement, so that a run that is cut off
-keeps its results. The checkpoints are random and made here. All stacks have the same checkpoint, the same rows in the
-same order and an adapter of the same rank on the same layers; the peers' packages must be importable. The next process
-imports its packages while the one before it loads its model, so `seconds` are those of a preloaded process. Needs a
-GPU.
+RUNS times as far as the seconds allow: each run of Tunery in a process of its own, as that of a job, and those of a
+peer behind each other in one, which spares it all starts but the first. OUT.json is written after every measurement, so
+that a run that is cut off keeps its results. The checkpoints are random and made here. All stacks have the same
+checkpoint, the same rows in the same order and an adapter of the same rank on the same layers; the peers' packages must
+be importable. The next process imports its packages while the one before it loads its model, so `seconds` are those of
+a preloaded process. Needs a GPU.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from bench import make_model
 from bench.job_speed import DeviceMemory, Trainer, Work, measure
 from bench.train_side_by_side import hardware
 
-MOST_SECONDS = 200
-"""The limit of one measurement, however much time is left: a stack that hangs must not take the others' time."""
+MOST_SECONDS = 240
+"""The limit of one process, however much time is left: a stack that hangs must not take the others' time."""
+_ALL_RUNS_IN_ONE = {"unsloth", "trl-liger"}
+"""The stacks whose runs are those of one process."""
 LEAST_SECONDS = 30
 """No measurement begins with less time left."""
 
@@ -84,6 +87,7 @@ class Bench:
     over: float
     steps: int
     skip: int
+    runs: int
     logs: Path
     ballast: list[torch.Tensor] = field(default_factory=list)
 
@@ -115,9 +119,9 @@ class Bench:
 
 
 class Measurement(Protocol):
-    """A process that has begun to import; `run` lets it train and returns its figures."""
+    """A process that has begun to import; `run` lets it train and returns the figures of its runs, one at least."""
 
-    def run(self, bench: Bench, row: Row) -> dict[str, Any]: ...
+    def run(self, bench: Bench, row: Row) -> list[dict[str, Any]]: ...
 
     def drop(self) -> None:
         """Ends a waiting process."""
@@ -127,9 +131,9 @@ class Tunery:
     def __init__(self, bench: Bench, _row: Row) -> None:
         self._trainer = Trainer(bench.logs / "tunery.txt")
 
-    def run(self, bench: Bench, row: Row) -> dict[str, Any]:
+    def run(self, bench: Bench, row: Row) -> list[dict[str, Any]]:
         work = Work(row.technique, row.lengths, row.batch, bench.steps, bench.skip, row.packing, 1, row.optimizer)
-        return measure(bench.checkpoint(row.shape), work, self._trainer, limit=bench.limit)
+        return [measure(bench.checkpoint(row.shape), work, self._trainer, limit=bench.limit)]
 
     def drop(self) -> None:
         self._trainer.process.kill()
@@ -146,19 +150,19 @@ class Peer:
                 [sys.executable, "-m", *command, "--wait"], stdin=subprocess.PIPE, stdout=out, stderr=errors, text=True
             )
 
-    def run(self, bench: Bench, row: Row) -> dict[str, Any]:
+    def run(self, bench: Bench, row: Row) -> list[dict[str, Any]]:
         bench.checkpoint(row.shape)
         memory, began = DeviceMemory(self.process.pid), time.monotonic()
+        ended: Any = "cut off"
         try:
             self.process.communicate("\n", timeout=bench.limit)
+            ended = self.process.returncode
         except subprocess.TimeoutExpired:
             self.drop()
-            return {"failed": "cut off", "log": self._log.read_text().splitlines()[-5:]}
         spent = {"seconds": {"whole": round(time.monotonic() - began, 1)}, "process_gib": memory.gib()}
-        for line in self._out.read_text().splitlines():
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT ")) | spent
-        return {"failed": self.process.returncode, "log": self._log.read_text().splitlines()[-15:]}
+        said = (line.partition("RESULT ") for line in self._out.read_text().splitlines())
+        found = [json.loads(figures) | spent for before, mark, figures in said if mark and not before]
+        return found or [{"failed": ended, "log": self._log.read_text().splitlines()[-15:]}]
 
     def drop(self) -> None:
         self.process.kill()
@@ -173,6 +177,7 @@ def command(stack: str, bench: Bench, row: Row) -> list[str]:
     settings: dict[str, Any] = {
         "method": row.technique.removesuffix("-fp8"), "ckpt": int(row.recompute), "lengths": row.lengths,
         "bs": row.peer_batch, "rows": bench.steps * row.batch, "steps": bench.steps, "skip": bench.skip,
+        "runs": bench.runs,
     }  # fmt: skip
     if stack == "trl-liger":
         settings |= {"liger": 1, "ckpt": 0}
@@ -187,9 +192,9 @@ def begin(name: str, stack: str, bench: Bench) -> Measurement:
     return Tunery(bench, row) if stack == "tunery" else Peer(command(stack, bench, row), log)
 
 
-def measure_all(names: list[str], runs: int, bench: Bench) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def measure_all(names: list[str], bench: Bench) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yields a row's name, the stack and its figures, for all rows once, then again, until the time is up."""
-    wanted = [each for _ in range(runs) for each in _measurements(names, bench)]
+    wanted = _measurements(names, bench)
     upcoming: list[Measurement] = []
     try:
         for number, (of, stack) in enumerate(wanted):
@@ -204,22 +209,23 @@ def measure_all(names: list[str], runs: int, bench: Bench) -> Iterator[tuple[str
                 upcoming.append(begin(following[0], next_stack, bench))
             with bench.small_card(leave):
                 found = current.run(bench, row)
-            yield from ((name, stack, found) for name in of)
+            yield from ((name, stack, run) for name in of for run in found)
     finally:
         for measurement in upcoming:
             measurement.drop()
 
 
 def _measurements(names: list[str], bench: Bench) -> list[tuple[list[str], str]]:
-    """Returns what is measured for these rows: the rows and the stack of each. Rows in which a peer does the same,
-    as it has no eight bits, share its measurement.
+    """Returns the rows and the stack of each measurement, in order. Rows in which a peer does the same, as it has no
+    eight bits, share its measurement.
     """
     of: dict[Any, tuple[list[str], str]] = {}
     for name, stack in ((each, stack) for each in names for stack in ROWS[each].stacks):
         row = ROWS[name]
         key = name if stack == "tunery" else (*command(stack, bench, row), row.peer_leave)
         of.setdefault(key, ([], stack))[0].append(name)
-    return list(of.values())
+    again = [measurement for measurement in of.values() if measurement[1] not in _ALL_RUNS_IN_ONE]
+    return list(of.values()) + again * (bench.runs - 1)
 
 
 def median(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -274,8 +280,8 @@ def main() -> None:
         ROWS[name] = replace(ROWS[name], stacks=tuple(stack for stack in ROWS[name].stacks if stack in a.stacks))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as logs:
-        bench = Bench(a.models, time.monotonic() + a.seconds, a.steps, a.skip, Path(logs))
-        for name, stack, result in measure_all(a.rows, a.runs, bench):
+        bench = Bench(a.models, time.monotonic() + a.seconds, a.steps, a.skip, a.runs, Path(logs))
+        for name, stack, result in measure_all(a.rows, bench):
             results.setdefault(name, {}).setdefault(stack, []).append(result)
             print(name, stack, *(result.get(key) for key in ("tok_s", "trainable", "failed", "log")), flush=True)
             rows = {

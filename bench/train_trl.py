@@ -2,7 +2,8 @@
 
 With `--job-rows` on those of job_speed.py; there every token is labelled, while a job labels those of answers alone.
 
-Prints one JSON line like that of train_ours.py. `--wait`: it imports everything, then waits for a line on standard
+Prints one JSON line like that of train_ours.py for each of `--runs` runs. After the first a run trains the same model
+further, its packages, kernels and memory ready. `--wait`: it imports everything, then waits for a line on standard
 input.
 """
 
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 if "--unsloth" in sys.argv:  # it patches the packages imported after it
     os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_SKIP_TORCHVISION_CHECK="1", TRANSFORMERS_OFFLINE="1")
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of the whole run; with --packing it has as many steps as they fill")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--job-rows", action="store_true")
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--wait", action="store_true")
     a = parser.parse_args()
     if a.wait:
@@ -114,24 +117,30 @@ def main() -> None:
         **({"peft_config": lora} if lora else {}),
     )  # fmt: skip
     loaded = time.monotonic() - began
-    torch.cuda.reset_peak_memory_stats()
-    trainer.train()
+    for _ in range(a.runs):
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        print("RESULT " + json.dumps(figures(a, trainer, clock, made) | {"load_s": round(loaded, 1)}), flush=True)
+
+
+def figures(a: argparse.Namespace, trainer: SFTTrainer, clock: Clock, made: list[list[int]]) -> dict[str, Any]:
+    """Returns the figures of the run that has just ended; `made`: its rows."""
     steps = trainer.state.max_steps
     # Packing changes the rows' order, so only the mean number of tokens per step is known.
     measured = made if a.packing else made[a.skip * a.bs : steps * a.bs]
     tokens = sum(map(len, measured)) * ((steps - a.skip) / steps if a.packing else 1)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    print("RESULT " + json.dumps({
+    return {
         "stack": "trl-unsloth" if a.unsloth else "trl-liger" if a.liger else "trl",
         "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs,
         "steps": steps, "optim": a.optim, "lengths": a.lengths, "packing": a.packing,
         "tok_s": round(tokens / (clock.ended - clock.began)), "tokens_a_step": round(tokens / (steps - a.skip)),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "load_s": round(loaded, 1),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "losses": [round(entry["loss"], 4) for entry in history],
         "grad_norms": [round(entry["grad_norm"], 4) for entry in history],
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-    }), flush=True)  # fmt: skip
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,26 @@ def test_table_of_speeds_compares_medians_with_the_fastest_peer() -> None:
     assert ours.startswith("| qlora 8b | tunery | 100/130/140 | 130 | 1.444 |")
     assert "| 9.0, 7.0 |" in ours
     assert last.startswith("| generation 8b | generation | 30 | 30 | 1.5 |")
+
+
+def test_each_run_of_a_job_has_its_process_and_rows_of_eight_bits_share_the_peers() -> None:
+    bench = speed_table.Bench(Path("models"), over=0, steps=50, skip=10, runs=2, logs=Path("logs"))
+    wanted = speed_table._measurements(["qlora 8b", "qlora 8b fp8"], bench)
+    again = [(["qlora 8b"], "tunery"), (["qlora 8b fp8"], "tunery")]
+    assert wanted == [again[0], (["qlora 8b", "qlora 8b fp8"], "unsloth"), again[1], *again]
+
+
+def test_a_peer_that_is_cut_off_keeps_the_runs_that_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_runs.py").write_text(
+        "import time\nassert input() == ''\nfor speed in (5, 6):\n"
+        "    print('RESULT {\"tok_s\": %d}' % speed, flush=True)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    bench = speed_table.Bench(tmp_path, time.monotonic() + 4, steps=50, skip=10, runs=2, logs=tmp_path)
+    bench.checkpoint("small")
+    peer = speed_table.Peer(["two_runs"], tmp_path / "log.txt")
+    assert [run["tok_s"] for run in peer.run(bench, speed_table.Row("small", "lora"))] == [5, 6]
+    assert peer.process.poll() is not None
 
 
 def test_the_chart_of_the_docs_is_that_of_the_recorded_speeds() -> None:
