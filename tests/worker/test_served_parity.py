@@ -25,6 +25,7 @@ from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering
 from worker.supervisor import served_note
 from worker.trainer.convert import convert
+from worker.trainer.decoding import graphs
 from worker.trainer.decoding.ties import tie
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
@@ -233,10 +234,15 @@ def test_families_and_kinds_of_adapters_are_equal(tmp_path: Path, family: str, t
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # of bitsandbytes: the model is tiny
 @pytest.mark.parametrize("technique", [Lora(r=4, alpha=8), Qlora(r=4, alpha=8), Full()], ids=["lora", "qlora", "full"])
-def test_answers_on_a_gpu_are_equal_up_to_ties(tmp_path: Path, technique: Technique) -> None:
+def test_answers_on_a_gpu_are_equal_up_to_ties_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, technique: Technique
+) -> None:
     run = _train(tmp_path / "run", tiny_models.llama(tmp_path / "base", bf16=True), technique)
+    recorded, record = list[object](), graphs.CudaRecorder.record
+    monkeypatch.setattr(graphs.CudaRecorder, "record", lambda *given: recorded.append(given) or record(*given))
     found = parity.check(run, 64, 64, "cuda")
     assert (found.status, found.precision) == ("equal", "bfloat16"), found.summary
+    assert recorded
 
 
 def test_a_check_that_waits_ends_with_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ difference, or a model that cannot be loaded, is a result and not an error.
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -62,9 +62,8 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
     asked = _spread(_read(run_dir / GREEDY), rows)
     try:
         models, chosen = _lay_out(run_dir, run)
-        engine = Engine(models, Directory(run_dir / ".nothing"), device, now=run.now)
-        batches = _batches(asked, engine.streams)
-        compared = [found for some in batches for found in _compare(engine, chosen, some, tokens, precision)]
+        engine = Engine(models, Directory(run_dir / ".nothing"), device, graphs=True, now=run.now)
+        compared = _compare(engine, chosen, asked, tokens, precision)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever it is, the model server would meet it too
@@ -103,10 +102,6 @@ def _read(path: Path) -> list[GreedyAnswer]:
 
 def _spread(asked: list[GreedyAnswer], most: int) -> list[GreedyAnswer]:
     return asked[:: max(1, -(-len(asked) // most))]
-
-
-def _batches(asked: list[GreedyAnswer], size: int) -> Iterator[list[GreedyAnswer]]:
-    return (asked[start : start + size] for start in range(0, len(asked), size))
 
 
 def _lay_out(run_dir: Path, run: Run) -> tuple[Path, Chosen]:
@@ -149,7 +144,7 @@ def _put(source: Path, models: Path, *, weighed: bool) -> str:
 def _compare(
     engine: Engine, chosen: Chosen, asked: list[GreedyAnswer], tokens: int, precision: Precision
 ) -> list[Compared]:
-    """Answers rows together, as the model server does."""
+    """Answers rows together, as the model server does: as many at once as its memory has room for."""
     answers = [engine.answer(_request(one, chosen, min(tokens, one.limit))) for one in asked]
     _finish(engine, answers)
     turns = [_turn(one, answer) for one, answer in zip(asked, answers, strict=True)]
