@@ -12,7 +12,7 @@ from worker.server import batch as batches
 from worker.server import slots
 from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory
-from worker.trainer.decoding import passes
+from worker.trainer.decoding import decoder, passes
 
 IN_EVERY_RUN = ("Llama", "Gemma 2", "Mistral")
 """One model for each kind of mask."""
@@ -129,6 +129,42 @@ def test_prompts_share_passes_and_short_ones_do_not_wait_for_a_long_one(
     assert passes[0] == (2, 32)
     assert all(count * width <= 64 for count, width in passes)
     assert said == [alone(llama, prompt) for prompt in prompts]
+
+
+def test_prompts_that_come_first_are_padded_and_no_answer_begins_before(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(decoder.PROMPT_TOKENS, "cpu", 500)
+    long = [3 + n % 250 for n in range(200)]
+    prompts = [PROMPTS[0], long, PROMPTS[1], PROMPTS[3]]
+    batch = Batch(llama, prompts_first=True)
+    passes: list[tuple[int, ...]] = []
+    llama.register_forward_pre_hook(
+        lambda _, args, fields: passes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
+    )
+    rows = [batch.join(prompt) for prompt in prompts]
+
+    batch.step()
+
+    assert all(row.is_ready for row in rows)
+    assert passes == [(2, 200), (2, 200)]
+    assert [[greedy(row) for _ in range(TOKENS)] for row in rows] == [alone(llama, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("read_first", [True, False])
+def test_padding_stays_in_the_room_of_rows_that_are_nearly_read(
+    llama: Any, read_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_STEP", 16)
+    batch = Batch(llama, prompts_first=True)
+    known = [3 + n % 250 for n in range(90)]
+    first = batch.join(known, None, "project")
+    greedy(first)
+    first.close()  # its keys are kept
+    prompts = [known, [9, *known[:88]]] if read_first else [[9, *known[:88]], known]
+    rows = [batch.join(prompt, None, "project") for prompt in prompts]
+    assert [[greedy(row) for _ in range(TOKENS)] for row in rows] == [alone(llama, prompt) for prompt in prompts]
+    assert sorted(row.cached_tokens for row in rows) == [0, 89]
 
 
 def test_memory_is_freed_as_rows_leave(llama: Any) -> None:

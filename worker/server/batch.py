@@ -1,9 +1,11 @@
 """Continuous batching: running answers on one base share its forward passes, and join and leave between passes.
 
 Prompts are read in separate passes, several at once and a bounded number of tokens between two steps, so that a long
-prompt delays neither the running rows nor a short prompt behind it.
+prompt delays neither the running rows nor a short prompt behind it. Where nobody waits for a running row, all prompts
+are read first: fewer passes, and the rows take all their steps together.
 """
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,10 +20,11 @@ from worker.server.lane import NONE_LIKELY, WIDTH_STEP, Adapters, Lane
 from worker.server.slots import Parts
 from worker.server.streams import NoProbabilities
 from worker.trainer import grouped_attention
+from worker.trainer.decoding import decoder
 from worker.trainer.decoding.graphs import Recorder
 
 PROMPT_TOKENS = 512
-"""Prompt tokens read between two steps of the running rows."""
+"""Prompt tokens read between two steps of the running rows, unless prompts are read first."""
 _MANY = 16
 """Rows that share passes, of which a long one is the cost."""
 _LONG = 1024
@@ -105,10 +108,12 @@ class Batch:
         *,
         long_tokens: int | None = None,
         recorder: Callable[[], Recorder] | None = None,
+        prompts_first: bool = False,
     ) -> None:
         """`memory`: for keys and values. One row of each batch runs even if there is none left. `long_tokens`: rows
         longer than this have passes of their own; by default as many as make such a pass the cheaper way.
-        `recorder`: makes what records the passes; None: none is recorded.
+        `recorder`: makes what records the passes; None: none is recorded. `prompts_first`: running rows wait until all
+        prompts for which there is room are read.
         """
         grouped_attention.use(model)
         self._model = model
@@ -117,6 +122,9 @@ class Batch:
         self.memory = memory or CacheMemory(4 * 2**30)
         self._lanes = {0: self._new_lane()}
         self._long_tokens = long_tokens or self._cheaper_alone()
+        self._prompts_first = prompts_first
+        self._tokens_a_pass = decoder.PROMPT_TOKENS[model.device.type] if prompts_first else PROMPT_TOKENS
+        self._tokens_a_step = sys.maxsize if prompts_first else PROMPT_TOKENS
         self._joining: deque[Row] = deque()
         self._numbers = count()
         self._lock = Lock()
@@ -204,13 +212,14 @@ class Batch:
 
     def _read_prompts(self) -> None:
         read: Counter[Lane] = Counter()
-        while (left := PROMPT_TOKENS - read.total()) > 0:
+        while (left := self._tokens_a_step - read.total()) > 0:
             self._admit()
             reading = [lane for lane in self._lanes.values() if lane.is_reading]
             if not reading:
                 return
             lane = min(reading, key=lambda lane: read[lane])  # none waits for the prompts of another
-            read[lane] += lane.read_prompts(min(left, PROMPT_TOKENS // len(reading)))
+            most = min(left, self._tokens_a_pass // len(reading))
+            read[lane] += lane.read_prompts(most, padded=self._prompts_first)
 
     def _admit(self) -> None:
         """Gives slots to joining rows, as long as there is memory for all."""

@@ -125,14 +125,20 @@ class Lane:
         self.slots.swap(own, slot)
         self.rows[own], self.rows[slot] = self.rows[slot], row
 
-    def read_prompts(self, most: int) -> int:
-        """Reads equally many tokens of some prompts, at most `most` in all; returns how many."""
+    def read_prompts(self, most: int, *, padded: bool = False) -> int:
+        """Reads equally many tokens of some prompts, at most `most` in all; returns how many.
+
+        `padded`: as many as the longest prompt has, and not the shortest. That takes fewer passes and more work.
+        """
         reading = self.rows[self.running :]
-        longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
-        width = min(-(-shortest // WIDTH_STEP) * WIDTH_STEP, longest, most)
         # The oldest takes part in every pass, so that no number of shorter prompts delays it.
         oldest = min(reading, key=lambda row: row.number)
-        others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
+        longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
+        room = self.longest()  # a pass writes as many positions of each row as it is wide
+        wanted = min(longest, room - oldest.fed) if padded else -(-shortest // WIDTH_STEP) * WIDTH_STEP
+        width = min(wanted, longest, most)
+        others = [row for row in reading if row is not oldest and row.fed + width <= room]
+        others.sort(key=lambda row: (row.unread, row.number))
         chosen = [oldest, *others[: max(most // width - 1, 0)]]
         results = self._pass([(row, min(row.unread, width)) for row in chosen], width)
         for row, (best, found) in zip(chosen, results, strict=True):

@@ -25,7 +25,7 @@ from worker.server.factors import Factors
 from worker.server.streams import Alone, Stream
 from worker.trainer import rope
 from worker.trainer.decoding import passes
-from worker.trainer.decoding.graphs import recorder_for
+from worker.trainer.decoding.graphs import Recorder, recorder_for
 from worker.trainer.recipes.qlora import load_quantised
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class BrokenAdapter(TuneryError):
 @dataclass(frozen=True)
 class Source:
     """Where a base is read from and in which precision it is kept. `four_bits`: its quantisation, if it has one.
-    `graphs`: its passes are recorded as CUDA graphs where they can be.
+    `graphs`: its passes are recorded as CUDA graphs where they can be. `prompts_first`: its batch reads all prompts
+    before it answers any.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Source:
     device: str
     dtype: torch.dtype
     graphs: bool = False
+    prompts_first: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,11 @@ class Base:
         self.bank = Bank(self.model)
         self.memory = memory
         recorder = recorder_for(self.model) if source.graphs else None
-        self.batch = Batch(self.model, self.bank, memory, recorder=recorder) if passes.are_known(self.model) else None
+        self.batch = self._new_batch(recorder) if passes.are_known(self.model) else None
+
+    def _new_batch(self, recorder: Callable[[], Recorder] | None) -> Batch:
+        first = self.source.prompts_first
+        return Batch(self.model, self.bank, self.memory, recorder=recorder, prompts_first=first)
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """Returns the logits after a prompt."""

@@ -62,7 +62,8 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
     asked = _spread(_read(run_dir / GREEDY), rows)
     try:
         models, chosen = _lay_out(run_dir, run)
-        engine = Engine(models, Directory(run_dir / ".nothing"), device, graphs=True, now=run.now)
+        nothing = Directory(run_dir / ".nothing")
+        engine = Engine(models, nothing, device, graphs=True, prompts_first=True, now=run.now)
         compared = _compare(engine, chosen, asked, tokens, precision)
     except (torch.OutOfMemoryError, MemoryError):
         raise

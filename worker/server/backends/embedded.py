@@ -85,10 +85,12 @@ class Engine:
         cache_bytes: int | None = None,
         pinned: frozenset[str] = frozenset(),
         graphs: bool = False,
+        prompts_first: bool = False,
         now: datetime | None = None,
     ) -> None:
         """`memory_bytes`: for bases and adapters together; by default half of the device's. `graphs`: passes are
-        recorded as CUDA graphs. `now`: the time that chat templates see; by default that of each request.
+        recorded as CUDA graphs. `prompts_first`: no answer begins before the prompts of all are read. `now`: the time
+        that chat templates see; by default that of each request.
         """
         self._models_dir = models_dir
         self._storage = storage
@@ -97,6 +99,7 @@ class Engine:
         self._qlora_base = qlora_base
         self._streams = streams
         self._graphs = graphs
+        self._prompts_first = prompts_first
         self._residents = Residents(memory_bytes or memory.of(device) // 2, pinned)
         self._cache = CacheMemory(cache_bytes or memory.of(device) // 8)
         self._renderings = Renderings(now)
@@ -146,7 +149,8 @@ class Engine:
         weights = self._folder(chosen.weights)
         is_new = chosen.adapter is not None and not folders.is_here(self._models_dir, chosen.adapter)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
-        source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype, self._graphs)
+        four_bits = self._four_bits(chosen, adapter)
+        source = Source(weights, four_bits, self._device, self._dtype, self._graphs, self._prompts_first)
         key = f"{chosen.weights.manifest_sha256} {source.four_bits}"
         base = self._hold_base(key, chosen.weights, source)
         try:
