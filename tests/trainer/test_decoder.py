@@ -1,5 +1,6 @@
 """The decoder answers as a model that reads each whole row alone, without a cache."""
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import zoo
 from op_recorder import OpRecorder
+from peft import LoraConfig, get_peft_model
 from run_folders import chat, lay_out, plan
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tunery.rows.messages import Example
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation, Full, Lora, Qlora, Technique
-from worker.trainer import generation
+from worker.trainer import generation, kernels
 from worker.trainer.decoding import decoder
 from worker.trainer.decoding import graphs as decode_graphs
 from worker.trainer.decoding.cache import Cache
@@ -81,6 +83,27 @@ def test_answers_of_a_batch_are_those_of_each_alone(
     assert decoder.reason_against(model) is None
     for prompts in (PROMPTS, TOGETHER, PROMPTS[:1]):
         assert answer(model, prompts) == [alone(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_fast_layers_answer_as_the_familys_own(
+    family: str, adapted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "PROMPT_TOKENS", {"cpu": 40})
+    base = zoo.make(family, tmp_path / "base")
+    model = read(base)
+    if adapted:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+        kernels.adapters.install(model)
+        wanted = copy.deepcopy(model).merge_and_unload()
+    else:
+        wanted = read(base)
+    assert kernels.decoder.install(model) == model.config.num_hidden_layers
+    causal = model.get_base_model() if adapted else model
+    for prompts in (PROMPTS, TOGETHER):
+        assert answer(causal, prompts) == [alone(wanted, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", sorted(set(zoo.FAMILIES) - set(KNOWN)))

@@ -1,8 +1,8 @@
 """Fast forward passes for the layers of Llama-like models: fused norms, rotary positions, grouped adapters.
 
 `install` replaces `forward` of the decoder layers, feed-forward blocks and norms that transformers writes in exactly
-this way, by class: Gemma's norm looks the same but adds 1 to its weight. Everything else (other classes, a key-value
-cache, dropout, PEFT's options) uses transformers' and PEFT's own code.
+this way, by class: Gemma's norm looks the same but adds 1 to its weight. Everything else (other classes, dropout,
+PEFT's options) uses transformers' and PEFT's own code.
 """
 
 import sys
@@ -87,14 +87,14 @@ def _layer(
     **kwargs: Any,
 ) -> Tensor:
     """The new forward, bound to a decoder layer."""
-    if past_key_values is not None or position_embeddings is None:
+    if position_embeddings is None:
         return cast(Tensor, type(self).forward(
             self, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
         ))  # fmt: skip
     norm = self.input_layernorm
     normed, residual = elementwise.add_rms_norm(hidden_states, None, norm.weight, norm.variance_epsilon)
     kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
-    attended = _attention(self.self_attn, normed, position_embeddings, kwargs)
+    attended = _attention(self.self_attn, normed, position_embeddings, past_key_values, kwargs)
     norm = self.post_attention_layernorm
     normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
     if _is_mixture(self.mlp):
@@ -102,14 +102,18 @@ def _layer(
     return residual + _feed_forward(self.mlp, normed, is_wanted=not recomputation.is_running())
 
 
-def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:
+def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any, kwargs: dict[str, Any]) -> Tensor:
     query, key, value = (part.view(*x.shape[:-1], -1, module.head_dim) for part in _together(
         x, module.q_proj, module.k_proj, module.v_proj
     ))  # fmt: skip
     if hasattr(module, "q_norm"):
         query, key = (_norm(norm, part) for norm, part in ((module.q_norm, query), (module.k_norm, key)))
     query, key = elementwise.rotate(query, *angles), elementwise.rotate(key, *angles)
-    out = _attend(module, query, key, value, **kwargs)
+    if cache is None:
+        out = _attend(module, query, key, value, **kwargs)
+    else:  # which decides what is attended to, and how: borders are passed on
+        key, value = cache.update(key.transpose(1, 2), value.transpose(1, 2), module.layer_idx)
+        out = _attend_by_name(module, query.transpose(1, 2), key, value, **kwargs)
     [projected] = _together(out.reshape(*x.shape[:-1], -1).contiguous(), module.o_proj)
     return projected
 
@@ -126,16 +130,24 @@ def _attend(
     if borders is not None and borders.ends is not None:
         query, key, value = (part.flatten(0, 1) for part in (query, key, value))
         return attention.rows_apart(query, key, value, borders, module.scaling, window.get("sliding_window"))
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return _attend_by_name(module, query, key, value, attention_mask if borders is None else None, **kwargs)
+
+
+def _attend_by_name(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Computes attention over [batch, heads, positions, width] by the function that the model's config names."""
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager(module))
     out, _ = attend(
         module,
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attention_mask if borders is None else None,
+        query,
+        key,
+        value,
+        attention_mask,
         dropout=module.attention_dropout if module.training else 0.0,
         scaling=module.scaling,
-        **window,
+        **_window(module),
         **kwargs,
     )
     return cast(Tensor, out)
