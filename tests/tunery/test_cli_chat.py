@@ -191,6 +191,15 @@ def test_a_test_event_that_the_receiver_does_not_accept_fails(
         err = tunery("webhooks", "test", endpoint)[2]
         assert "is disabled" in err
         assert "410 Gone" in err
+        assert f"tunery webhooks update {endpoint} --url URL" in err
+        assert tunery("webhooks", "update", endpoint, "--name", "ours")[0] == 0
+        assert json.loads(tunery("webhooks", "show", endpoint)[1])["disabled_reason"]
+        changes = ("--url", f"{receiver.url}/new", "--event", "fine_tuning.job.failed")
+        said = tunery("webhooks", "update", endpoint, *changes)[1]
+        assert " ".join(said.split()) == (f"✓ {endpoint}, ours, receives fine_tuning.job.failed at {receiver.url}/new")
+        assert json.loads(tunery("webhooks", "show", endpoint)[1])["disabled_reason"] is None
+        status, _, err = tunery("webhooks", "update", endpoint)
+        assert (status, "--url, --name or --event" in err) == (2, True)
 
 
 def test_an_address_where_nothing_may_go(tunery: Run, api: str) -> None:

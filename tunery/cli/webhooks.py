@@ -31,6 +31,24 @@ def create(
     output.console.print(made["signing_secret"], soft_wrap=True)
 
 
+@app.command()
+def update(
+    context: typer.Context,
+    endpoint: Endpoint,
+    url: Annotated[str | None, typer.Option(help="The receiver's URL. Enables a disabled endpoint again.")] = None,
+    name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
+    event: Annotated[list[str] | None, typer.Option(help="An event's type; repeatable; replaces all others.")] = None,
+) -> None:
+    """Change an endpoint's URL, name or events. Its signing secret stays the same."""
+    changes = {"url": url, "name": name, "event_types": event or None}
+    given = {field: value for field, value in changes.items() if value is not None}
+    if not given:
+        raise typer.BadParameter("say what to change: --url, --name or --event")
+    changed = connect(context).call("POST", f"{ROOT}/{endpoint}", json=given)
+    to = f"{', '.join(changed['event_types'])} at {changed['url']}"
+    output.done(f"{changed['id']}, {changed['name']}, receives {to}")
+
+
 @app.command("list")
 def list_endpoints(context: typer.Context, limit: Limit = 50, json: AsJson = False) -> None:
     """List the project's endpoints, newest first."""
@@ -104,7 +122,8 @@ def send_test(
     """Send a test event once. Exit status 1 unless the receiver answers with a 2xx status."""
     api = connect(context)
     if reason := api.call("GET", f"{ROOT}/{endpoint}")["disabled_reason"]:
-        output.warnings([f"{endpoint} is disabled and receives only tests: {reason} Setting its url enables it again."])
+        way = f"Enable it again: tunery webhooks update {endpoint} --url URL"
+        output.warnings([f"{endpoint} is disabled and receives only tests: {reason} {way}"])
     status = api.call("POST", f"{ROOT}/{endpoint}/test", json={"event_type": event})["status_code"]
     if not 200 <= status < 300:
         output.failed(f"the receiver answered {status}: only a 2xx status accepts an event")
