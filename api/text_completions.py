@@ -5,6 +5,7 @@ from typing import Any
 
 from tunery import ids
 from tunery.errors import InvalidValue, Unsupported
+from tunery.field_errors import unrecognized
 from tunery.serving import TEXT_FIELD
 
 Json = dict[str, Any]
@@ -39,7 +40,7 @@ def to_chat(fields: Mapping[str, Any], prompt: str) -> Json:
     _refuse(given, "best_of", (1, given.get("n", 1)), "Leave it out, and choose among 'n' answers.")
     top = given.pop("logprobs", None)
     for name in given.keys() - _SAME:
-        raise InvalidValue(param=name, reason=f"Unrecognized request argument supplied: {name}")
+        raise unrecognized(name, _SAME | {"prompt", "logprobs"})
     chances = {} if top is None else {"logprobs": True, "top_logprobs": _top(top)}
     return {"max_tokens": DEFAULT_TOKENS, **given, **chances, TEXT_FIELD: prompt}
 

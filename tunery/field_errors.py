@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, get_args
 
@@ -13,6 +13,8 @@ from tunery.errors import InvalidValue
 
 _SHOWN = 80
 _EXPLAINED = 100
+_CLOSE = 0.75
+"""Similarity, as in `difflib`, from which a name is suggested for an unknown one."""
 _PLACES = {"body", "query", "path", "header"}
 _MISSING = ("missing", "union_tag_not_found")
 _NOT_OBJECTS = ("dict_type", "model_type", "model_attributes_type")
@@ -63,6 +65,13 @@ def explain(faults: Sequence[Fault], body: Any, known: Any = None) -> InvalidVal
     path = next((path for path in paths if path.startswith(f"{paths[0]}.")), paths[0])
     same = [fault for fault, its in zip(faults, paths, strict=True) if its == path]
     return InvalidValue(param=path or None, reason=_reason(same, path, body, known))
+
+
+def unrecognized(param: str, known: Iterable[str] = ()) -> InvalidValue:
+    """Returns the error for an unknown field of a chat, in OpenAI's words; suggests one of `known`."""
+    close = difflib.get_close_matches(param, sorted(known), n=1, cutoff=_CLOSE)
+    meant = f". Did you mean '{close[0]}'?" if close else ""
+    return InvalidValue(param=param, reason=f"Unrecognized request argument supplied: {param}{meant}")
 
 
 def _path(fault: Fault, body: Any) -> str:
@@ -123,7 +132,7 @@ def _parts(known: Any) -> list[str]:
 
 def _unknown_part(name: str, parts: Sequence[str]) -> str:
     """Returns the reason for a name in `columns` that is no part of a row."""
-    close = difflib.get_close_matches(name, parts, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, parts, n=1, cutoff=_CLOSE)
     meant = f"Did you mean '{close[0]}'? " if close else ""
     return (
         f"Unknown parameter: 'columns.{name[:40]}'. 'columns' names the column of each part, as in prompt=Frage. "
@@ -140,7 +149,7 @@ def _suggestion(path: str, known: Any) -> str:
     beside = [other for other in paths if other.rpartition(".")[0] == folder]
     for candidates in (beside, paths):
         names = {other.rpartition(".")[2]: other for other in reversed(candidates)}
-        close = [_OTHER_NAMES.get(name, name), *difflib.get_close_matches(name, names, n=1, cutoff=0.75)]
+        close = [_OTHER_NAMES.get(name, name), *difflib.get_close_matches(name, names, n=1, cutoff=_CLOSE)]
         for found in close:
             if found in names:
                 return names[found]

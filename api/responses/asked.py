@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.errors import InvalidValue, Unsupported
+from tunery.errors import Unsupported
+from tunery.field_errors import unrecognized
 
 _KEPT_NOWHERE = "This server stores no responses: send the whole conversation as 'input'."
 _REFUSED = {
@@ -34,8 +35,9 @@ def to_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, instead in _REFUSED.items():
         if given.pop(name, False):
             raise Unsupported(param=name, what=f"'{name}'", instead=instead)
-    for name in given.keys() - _CHANGED - _WITHOUT_EFFECT - set(_SAME) - _REFUSED.keys():
-        raise InvalidValue(param=name, reason=f"Unrecognized request argument supplied: {name}")
+    known = _CHANGED | _WITHOUT_EFFECT | set(_SAME)
+    for name in given.keys() - known - _REFUSED.keys():
+        raise unrecognized(name, known)
     chat = {name: given[name] for name in _SAME if name in given}
     chat["messages"] = _messages(given)
     if "max_output_tokens" in given:

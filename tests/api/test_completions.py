@@ -86,6 +86,11 @@ def test_what_is_not_served_is_refused_by_name(
     assert server.received == []
 
 
+def test_an_unknown_field_names_the_one_that_was_meant(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"supplied: max_token\. Did you mean 'max_tokens'\?"):
+        client.completions.create(model=BASE, prompt="a", extra_body={"max_token": 1})
+
+
 def test_the_servers_refusals_pass(client: OpenAI, server: ModelServer) -> None:
     server.status = 400
     with pytest.raises(openai.BadRequestError) as refused:

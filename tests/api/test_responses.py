@@ -163,6 +163,7 @@ def test_a_stream_that_breaks_says_so(asking: Team, server: ModelServer) -> None
         ({"include": 7}, "include", "include"),
         ({"tool_choice": 1}, "tool_choice", "tool_choice"),
         ({"nonsense": 1}, "nonsense", "Unrecognized request argument"),
+        ({"max_output_token": 1}, "max_output_token", r"Did you mean 'max_output_tokens'\?"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(

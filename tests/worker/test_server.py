@@ -274,6 +274,23 @@ def test_what_is_not_served_is_refused_by_name(client: OpenAI, shop: Shop, field
     assert field in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("max_token", 3, "Unrecognized request argument supplied: max_token. Did you mean 'max_tokens'?"),
+        ("metdata", {}, "Did you mean 'metadata'?"),
+        ("texts", "x", "Unrecognized request argument supplied: texts"),  # not `text`, which the API alone may send
+        ("store", True, "'store' is not supported. Leave it out, or send false."),
+        ("function_call", {"name": "f"}, """Leave it out, or send "auto" or "none"."""),
+    ],
+)
+def test_a_refusal_says_what_to_send(client: OpenAI, shop: Shop, field: str, value: object, said: str) -> None:
+    body = {**shop.chosen("one"), field: value}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="one", messages=ASK, extra_body=body)
+    assert str(refused.value).endswith(said)
+
+
 def test_fields_that_ask_for_nothing_pass(client: OpenAI, shop: Shop) -> None:
     neutral = {
         "n": 1,

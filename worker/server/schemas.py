@@ -4,11 +4,13 @@ Fields that this server does not support are refused by name and not ignored: an
 probabilities or its JSON schema is worse than none.
 """
 
+import json
 from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunery.errors import InvalidValue, Unsupported
+from tunery.field_errors import unrecognized
 from tunery.rows import keys, reasons, strict_json
 from tunery.rows.messages import Message, Tool
 from tunery.serving import MODEL_FIELD, TEXT_FIELD, Chosen
@@ -39,6 +41,9 @@ _WITHOUT_EFFECT = {
     "user",
 }
 """OpenAI's fields that do not change the answer."""
+
+_INTERNAL = {"chosen", "text"}
+"""Fields that the API adds to a request."""
 
 
 def _refuse(param: str, reason: str) -> NoReturn:
@@ -186,14 +191,16 @@ def _refused(name: str) -> bool:
 
 
 def _instead(neutral: tuple[Any, ...]) -> str:
-    return f"Leave it out, or send {' or '.join(repr(value) for value in neutral)}." if neutral else "Leave it out."
+    return (
+        f"Leave it out, or send {' or '.join(json.dumps(value) for value in neutral)}." if neutral else "Leave it out."
+    )
 
 
 def _reason(error: ValidationError) -> InvalidValue:
     first = error.errors(include_url=False)[0]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
-        return InvalidValue(param=param, reason=f"Unrecognized request argument supplied: {param}")
+        return unrecognized(param, (ChatRequest.model_fields.keys() | _WITHOUT_EFFECT) - _INTERNAL)
     if first["type"] == "missing":
         return InvalidValue(param=param, reason=f"Missing required parameter: '{param}'.")
     return InvalidValue(param=param, reason=f"Invalid '{param}': {reasons.describe(first)}")
