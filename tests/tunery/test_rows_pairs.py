@@ -185,6 +185,10 @@ def test_columns_and_ratings_are_named_in_a_warning() -> None:
     ]
 
 
+def test_pairs_in_openais_format_need_no_warning() -> None:
+    assert check_examples([rows(openai(D, E))], role="validation", encoder=PAIRS).warnings(2048) == []
+
+
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 VALUES = TEXT | st.none() | st.booleans() | st.integers() | st.lists(TEXT) | st.dictionaries(TEXT, TEXT)
 MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "content", "from", "value"]) | TEXT, VALUES))

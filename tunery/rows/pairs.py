@@ -11,6 +11,8 @@ from tunery.rows import conversations, keys, strict_json
 from tunery.rows.shape import SYSTEMS, Shape, as_given, begins_with_system, prompt_turns, text_message
 
 _OUTPUTS = (("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion"))
+OPENAI = "/".join(_OUTPUTS[0])
+"""Name of the shape of OpenAI's preference rows."""
 _CHOSEN = ("chosen", "rejected")
 _PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations", "conversation")
 _BESIDE = {

@@ -37,6 +37,8 @@ _CLASSES = ("intent", "category", "class", "class_name", "labels", "sentiment", 
 _BESIDE_TEXT = frozenset({*_ANSWERS, *_LABELS, *_CLASSES})
 _OF_CHATS = frozenset({"messages", "tools", "functions", "parallel_tool_calls"})
 """Keys that are read by this spelling."""
+_OF_OPENAI = (CHAT, pairs.OPENAI)
+"""Names of the shapes that OpenAI's fine-tuning defines."""
 _TEXTS = frozenset({"user", "assistant", "text", "preferred", "dispreferred"})
 """Parts that are a text, also an empty one. An empty cell of a table is one; in other columns it counts as absent."""
 _PARTS = frozenset({*_QUESTIONS, *_BESIDE_TEXT, *_CONVERSATIONS, *_OF_CHATS, "text", "context"})
@@ -130,8 +132,8 @@ class FileShape:
         return self.shape.name if self.shape is not None else None
 
     def describe(self) -> str | None:
-        """Returns what the file's columns become; None for chat messages, which are used as they are."""
-        if self.shape is None or (self.shape.name == CHAT and not self.columns):
+        """Returns what the file's columns become; None for rows in OpenAI's formats, which are used as they are."""
+        if self.shape is None or (self.shape.name in _OF_OPENAI and not self.columns):
             return None
         used = self.shape.used({}) if self.shape.name == CHAT else self.used
         named = {part: self.columns.get(used[part], used[part]) for part in PARTS if part in used}
