@@ -222,5 +222,7 @@ def test_what_has_no_report(team: Team) -> None:
     answer = team.http.get(f"/v1/files/{other['id']}/report")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_report")
     file_id = _upload(team)
+    same = team.http.post("/v1/files", data={"purpose": "vision"}, files={"file": ("x", TRAIN)}).json()
+    assert same["report"] is None, "that of a training file with the same content is not this file's"
     for query in ("base=nothing", "against=file-nothing"):
         assert team.http.get(f"/v1/files/{file_id}/report?{query}").status_code == 404

@@ -66,7 +66,11 @@ def _reset(report: FileReport) -> None:
 
 
 def of_files(session: Session, files: Sequence[File]) -> dict[str, FileReport]:
-    """Returns the reports that every file gets, by the files' ids."""
+    """Returns the reports that every training file gets, by the files' ids.
+
+    A report is stored by content, which a file of another purpose may share.
+    """
+    files = [file for file in files if _has_rows(file)]
     contents = {(file.project_id, file.sha256) for file in files}
     found = session.scalars(
         select(FileReport).where(
@@ -104,9 +108,13 @@ def has_lines(report: FileReport) -> bool:
     return report.version >= _LINES_OF_TABLES or not is_table
 
 
+def _has_rows(file: File) -> bool:
+    return file.purpose == "fine-tune"
+
+
 def check_reported(file: File) -> None:
     """Raises NoReport for a file without rows to report on, WrongState for one that is yet to be written."""
-    if file.purpose != "fine-tune":
+    if not _has_rows(file):
         raise NoReport(file=file.id, purpose=file.purpose)
     check_written(file)
 
