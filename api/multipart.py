@@ -4,10 +4,10 @@ Why not the framework's own forms: they spool the whole file to a temporary file
 and would take any number of bytes to say that it is one too many.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -69,11 +69,26 @@ def parse_fields(form: Form, kind: type[F]) -> F:
     for name, value in form.fields.items():
         if value:
             _nest(nested, name, value)
+    _check_nested(nested, kind)
     try:
         return kind.model_validate(nested)
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults, body=nested) from None
+
+
+def _check_nested(nested: Mapping[str, Any], kind: type[BaseModel]) -> None:
+    """Raises InvalidValue for an object that is one text, such as its JSON: in a form each value is a field."""
+    for name, expected in kind.model_fields.items():
+        parts = [f"'{name}[{part}]'" for part in _values_of(expected.annotation)]
+        if parts and isinstance(nested.get(name), str):
+            raise InvalidValue(param=name, reason=f"Send '{name}' as form fields of its own: {' and '.join(parts)}.")
+
+
+def _values_of(annotation: Any) -> list[str]:
+    """Returns the names of the values that an object has; none for a plain field."""
+    kinds = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+    return [name for each in kinds if issubclass(each, BaseModel) for name in each.model_fields]
 
 
 def _nest(nested: dict[str, Any], name: str, value: str) -> None:

@@ -86,8 +86,9 @@ def test_rows_that_no_job_can_take_are_refused_on_arrival(
     parts = [_field("purpose", "fine-tune"), _file(data)]
     body = b"".join(parts if order == "field first" else reversed(parts)) + END
     answer = team.http.post("/v1/files", content=body, headers=FORM)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_training_rows")
-    assert words in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "no_training_rows", "file")
+    assert words in error["message"]
     assert _stored(database) == []
 
 
@@ -151,6 +152,14 @@ WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
         + END,
         "expires_after",
         "both 'expires_after' and 'expires_after[...]'. Send only the second",
+    ),
+    (
+        _field("purpose", "fine-tune")
+        + _field("expires_after", '{"anchor": "created_at", "seconds": 3600}')
+        + _file(TRAIN)
+        + END,
+        "expires_after",
+        "as form fields of its own: 'expires_after[anchor]' and 'expires_after[seconds]'",
     ),
     (_field("purpose", "f" * 70_000) + _file(TRAIN) + END, "purpose", "longer than"),
 ]

@@ -47,7 +47,7 @@ class ArrivalCheck:
 
     def _refuse(self) -> None:
         if not self._is_trainable and self._fault is not None:
-            raise NoTrainingRows(reason=self._fault.fields["reason"]) from self._fault
+            raise NoTrainingRows(param="file", reason=self._fault.fields["reason"]) from self._fault
 
 
 def check_written(file: File) -> None:
