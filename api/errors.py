@@ -126,13 +126,19 @@ def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
 def _handle(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 405:
         error.headers = {"Allow": ", ".join(_allowed(request))}
-    url, with_v1 = request.url.path, f"/v1{request.url.path}"
-    if isinstance(error, HTTPException) and error.status_code == 404 and _exists(request, request.method, with_v1):
-        error = request_errors.RouteNotFound(what=f"Invalid URL ({request.method} {url}). Did you mean {with_v1}?")
+    url = request.url.path
+    if isinstance(error, HTTPException) and error.status_code == 404 and (meant := _meant(request)):
+        error = request_errors.RouteNotFound(what=f"Invalid URL ({request.method} {url}). Did you mean {meant}?")
     elif query.OF_AZURE in request.query_params:
         error = _for_azure(error, f"{request.method} {url}")
     request_id = request.scope.get("state", {}).get("request_id", "-")
     return answer(error, request_id=request_id, route=f"{request.method} {request.url.path}")
+
+
+def _meant(request: Request) -> str | None:
+    """Returns the route's path for one that lacks `/v1`, or ends with a slash too many."""
+    bare = request.url.path.rstrip("/")
+    return next((path for path in (bare, f"/v1{bare}") if _exists(request, request.method, path)), None)
 
 
 def _for_azure(error: Exception, route: str) -> Exception:

@@ -20,6 +20,28 @@ def no_graders(action: str) -> None:
     )
 
 
+@router.api_route("/batches", methods=_METHODS)
+@router.api_route("/batches/{batch:path}", methods=_METHODS)
+def no_batches() -> None:
+    raise RouteNotFound(
+        what=(
+            "Batches are not supported here. Send each request of the file to the route that it names, several at "
+            "once: the model server answers them together."
+        )
+    )
+
+
+@router.api_route("/evals", methods=_METHODS)
+@router.api_route("/evals/{evaluation:path}", methods=_METHODS)
+def no_evals() -> None:
+    raise RouteNotFound(
+        what=(
+            "Evals are not supported here. Set evaluation.test_file in a job, or send "
+            "`POST /v1/models/{model}/scorecards` for a model that is trained already."
+        )
+    )
+
+
 @router.api_route("/fine_tuning/checkpoints/{checkpoint:path}", methods=_METHODS)
 def no_permissions() -> None:
     raise RouteNotFound(

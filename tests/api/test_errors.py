@@ -396,10 +396,12 @@ def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> No
     _error(anonymous.get("/docs/../secret.js"), 404)
 
 
-def test_a_path_without_v1_is_corrected(team: Team, anonymous: TestClient) -> None:
+def test_a_path_that_is_nearly_a_route_is_corrected(team: Team, anonymous: TestClient) -> None:
     for url in ("/models", "/fine_tuning/jobs/ftjob-x"):
         assert f"Did you mean /v1{url}?" in _error(anonymous.get(url), 404)["message"]
-    for wrong in (team.http.get("/modelz"), team.http.put("/models")):
+    for url in ("/v1/fine_tuning/jobs/", "/fine_tuning/jobs/"):
+        assert "Did you mean /v1/fine_tuning/jobs?" in _error(team.http.get(url), 404)["message"]
+    for wrong in (team.http.get("/modelz"), team.http.put("/models"), team.http.get("/v1/jobs/")):
         assert "Did you mean" not in _error(wrong, 404)["message"]
 
 

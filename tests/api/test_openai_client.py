@@ -332,6 +332,12 @@ def test_what_is_not_here_is_refused_by_name(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         list(client.fine_tuning.checkpoints.permissions.list("ft:x:y::z:ckpt-step-1"))
     assert "permissions are not supported" in str(refused.value.body)
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.batches.create(input_file_id="file-x", endpoint="/v1/chat/completions", completion_window="24h")
+    assert "Send each request of the file" in str(refused.value.body)
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.evals.runs.list("eval_x")
+    assert "evaluation.test_file" in str(refused.value.body)
 
 
 def test_wrong_key(team: Team) -> None:
