@@ -49,7 +49,7 @@ def test_a_job_goes_on_without_a_tracker_that_is_down(workshop: Workshop, tmp_pa
     workshop.start("train", PYTHONPATH=str(library), **own)
     workshop.until_state(job_id, "succeeded", seconds=240)
     assert sorted(_warnings(workshop, job_id)) == [
-        "This server sends nothing to MLflow: the operator has not configured it",
+        "This server sends nothing to MLflow: the operator has not configured it (TUNERY_MLFLOW_TRACKING_URI)",
         "Weights & Biases receives nothing from this run (ConnectionError). The job continues without it",
     ]
     texts = [*workshop.story(job_id), workshop.log(job_id), *(path.read_text() for path in tmp_path.glob("*.log"))]

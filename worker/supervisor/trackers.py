@@ -35,6 +35,8 @@ from worker.supervisor.staging import Tracked
 log = logging.getLogger(__name__)
 
 NAMES = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
+_SETTINGS = {"wandb": "TUNERY_WANDB_MODE", "mlflow": "TUNERY_MLFLOW_TRACKING_URI"}
+"""The setting without which a tracker receives nothing."""
 END_SECONDS = 30.0
 """Time limit for sending what is still queued when the run has ended: its device is held meanwhile."""
 _PROXIES = re.compile("(HTTPS?|NO|ALL)_PROXY|REQUESTS_CA_BUNDLE", re.IGNORECASE)
@@ -113,8 +115,8 @@ class Trackers:
         for number, integration in enumerate(self._tracked.integrations):
             names = self._environment(integration["type"])
             if names is None:
-                name = NAMES[integration["type"]]
-                self._warn(f"This server sends nothing to {name}: the operator has not configured it")
+                name, setting = NAMES[integration["type"]], _SETTINGS[integration["type"]]
+                self._warn(f"This server sends nothing to {name}: the operator has not configured it ({setting})")
                 continue
             order = {**integration, "job": self._keeper.lease.job_id, "config": self._tracked.config}
             self._running.append(Tracker(order, names, self._run_dir / f"tracker-{number}.txt"))
