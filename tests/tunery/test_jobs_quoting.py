@@ -98,6 +98,16 @@ def test_the_nearest_run_is_taken_where_there_is_none_like_it(session: Session, 
     assert quote_of(session, job, Full()).speed_from == "same"
 
 
+@pytest.mark.parametrize(("times", "basis"), [(90, "other_base"), (110, "estimated")])
+def test_a_run_on_a_far_smaller_base_says_nothing(session: Session, owner: Project, times: int, basis: str) -> None:
+    show(session)
+    small = rows.base(session)
+    of_size = {**rows.MODEL_INFO, "params": times * rows.MODEL_INFO["params"]}
+    ended(session, owner, small)
+    job = rows.job(session, owner, base_model=rows.base(session, model_info=of_size).id)
+    assert quote_of(session, job).speed_from == basis
+
+
 @pytest.mark.parametrize("what", [{"device": "NVIDIA H200"}, {"kept": False}])
 def test_runs_on_other_devices_and_broken_ones_say_nothing(
     session: Session, owner: Project, what: dict[str, Any]

@@ -290,7 +290,7 @@ def _basis(record: Workload, work: Workload) -> Basis:
 
 def choose(records: list[Record], work: Workload, *, most: int = 5) -> list[Record]:
     """Returns the most similar runs: same base, technique and method, else same base and technique, else same base,
-    else nearest in parameters.
+    else nearest in parameters, if that is at most _FARTHEST times larger or smaller.
 
     Records are of one kind of device, newest first. Among equally similar ones the newest are taken.
     """
@@ -298,8 +298,12 @@ def choose(records: list[Record], work: Workload, *, most: int = 5) -> list[Reco
     for basis in ("same", "other_method", "other_technique"):
         if alike := [record for of, record in found if of == basis]:
             return alike[:most]
-    nearest = min((_distance(record, work) for record in records), default=None)
-    return [record for record in records if _distance(record, work) == nearest][:most]
+    nearest = min((_distance(record, work) for record in records), default=_FARTHEST)
+    return [record for record in records if _distance(record, work) == nearest <= _FARTHEST][:most]
+
+
+_FARTHEST = 100.0
+"""In the time of a far smaller base, what does not grow with the weights prevails: scaled by them, it is nonsense."""
 
 
 def _distance(record: Record, work: Workload) -> float:
