@@ -131,10 +131,12 @@ def test_prompts_share_passes_and_short_ones_do_not_wait_for_a_long_one(
     assert said == [alone(llama, prompt) for prompt in prompts]
 
 
+@pytest.mark.parametrize(("most", "wanted"), [(500, [(2, 200), (2, 17)]), (300, [(1, 200), (3, 30)])])
 def test_prompts_that_come_first_are_padded_and_no_answer_begins_before(
-    llama: Any, monkeypatch: pytest.MonkeyPatch
+    llama: Any, most: int, wanted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(decoder.PROMPT_TOKENS, "cpu", 500)
+    monkeypatch.setitem(decoder.PROMPT_TOKENS, "cpu", most)
+    monkeypatch.setattr(batches, "PROMPT_TOKENS", 64)
     long = [3 + n % 250 for n in range(200)]
     prompts = [PROMPTS[0], long, PROMPTS[1], PROMPTS[3]]
     batch = Batch(llama, prompts_first=True)
@@ -147,7 +149,7 @@ def test_prompts_that_come_first_are_padded_and_no_answer_begins_before(
     batch.step()
 
     assert all(row.is_ready for row in rows)
-    assert passes == [(2, 200), (2, 200)]
+    assert passes == wanted, "only prompts that share a pass with the long one are as wide as it"
     assert [[greedy(row) for _ in range(TOKENS)] for row in rows] == [alone(llama, prompt) for prompt in prompts]
 
 

@@ -130,16 +130,15 @@ class Lane:
 
         `padded`: as many as the longest prompt has, and not the shortest. That takes fewer passes and more work.
         """
-        reading = self.rows[self.running :]
-        # The oldest takes part in every pass, so that no number of shorter prompts delays it.
-        oldest = min(reading, key=lambda row: row.number)
+        reading = sorted(self.rows[self.running :], key=lambda row: (row.unread, row.number), reverse=padded)
         longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
+        # Padded, the longest first, as all others would be padded to its length until it is read. Else the oldest takes
+        # part in every pass, so that no number of shorter prompts delays it.
+        first = reading[0] if padded else min(reading, key=lambda row: row.number)
+        width = min(longest if padded else -(-shortest // WIDTH_STEP) * WIDTH_STEP, longest, most)
         room = self.longest()  # a pass writes as many positions of each row as it is wide
-        wanted = min(longest, room - oldest.fed) if padded else -(-shortest // WIDTH_STEP) * WIDTH_STEP
-        width = min(wanted, longest, most)
-        others = [row for row in reading if row is not oldest and row.fed + width <= room]
-        others.sort(key=lambda row: (row.unread, row.number))
-        chosen = [oldest, *others[: max(most // width - 1, 0)]]
+        others = [row for row in reading if row is not first and row.fed + width <= room]
+        chosen = [first, *others[: max(most // width - 1, 0)]]
         results = self._pass([(row, min(row.unread, width)) for row in chosen], width)
         for row, (best, found) in zip(chosen, results, strict=True):
             row.fed += min(row.unread, width)
