@@ -23,6 +23,7 @@ from worker.server import check, parity
 from worker.server.batch import Batch
 from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering
+from worker.server.streams import Alone
 from worker.supervisor import served_note
 from worker.trainer.convert import convert
 from worker.trainer.decoding import graphs
@@ -143,6 +144,24 @@ def test_rows_that_have_room_one_after_the_other_are_all_compared(run: Path, mon
     found = _check(run)
     assert _first(found).position == _first(wanted).position
     assert (found.rows, found.equal, found.reason) == (wanted.rows, wanted.equal, None)
+
+
+def test_rows_that_no_batch_can_hold_have_keys_a_few_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _train(tmp_path / "run", tiny_models.llama(tmp_path / "base"), Lora(r=4, alpha=8, use_dora=True))
+    held, most = set[Alone](), list[int]()
+    logits, close = Alone.logits, Alone.close
+
+    def noted(stream: Alone) -> Any:
+        held.add(stream)
+        most.append(len(held))
+        return logits(stream)
+
+    monkeypatch.setattr(Alone, "logits", noted)
+    monkeypatch.setattr(Alone, "close", lambda stream: held.discard(stream) or close(stream))
+    monkeypatch.setattr(parity, "Engine", partial(parity.Engine, streams=2))
+    found = _check(run)
+    assert (found.status, found.equal) == ("equal", 12)
+    assert max(most) == 2
 
 
 def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:

@@ -23,6 +23,7 @@ from tunery.spec import Run
 from tunery.storage import Directory
 from tunery.trainer_protocol import GREEDY, GreedyAnswer, Served, TokenDifference
 from worker.server.backends.embedded import Engine
+from worker.server.batch import Row
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 from worker.server.streams import Stream
@@ -145,7 +146,9 @@ def _put(source: Path, models: Path, *, weighed: bool) -> str:
 def _compare(
     engine: Engine, chosen: Chosen, asked: list[GreedyAnswer], tokens: int, precision: Precision
 ) -> list[Compared]:
-    """Answers rows together, as the model server does: as many at once as its memory has room for."""
+    """Answers rows together, as the model server does: those of a batch as far as its memory has room, others a few at
+    once.
+    """
     answers = [engine.answer(_request(one, chosen, min(tokens, one.limit))) for one in asked]
     _finish(engine, answers)
     turns = [_turn(one, answer) for one, answer in zip(asked, answers, strict=True)]
@@ -169,7 +172,10 @@ def _request(one: GreedyAnswer, chosen: Chosen, most: int) -> ChatRequest:
 def _finish(engine: Engine, answers: list[Generation]) -> None:
     pieces = {id(answer): iter(answer) for answer in answers}
     while pieces:
-        for answer in engine.advance([answer for answer in answers if id(answer) in pieces]):
+        left = [answer for answer in answers if id(answer) in pieces]
+        if not isinstance(left[0].stream, Row):  # its keys are counted once they are there: too late to wait
+            left = left[: engine.streams]
+        for answer in engine.advance(left):
             if next(pieces[id(answer)], None) is None:
                 del pieces[id(answer)]
 
