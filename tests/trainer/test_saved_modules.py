@@ -219,6 +219,25 @@ def test_router_that_learns_whole_is_plain_pefts(tmp_path: Path) -> None:
         assert (grads[0] - grads[1]).norm() < 4 * tolerance * grads[1].norm()
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_norms_of_queries_and_keys_learn_in_fp32_inside_a_bf16_base(tmp_path: Path, use_cache: bool) -> None:
+    base = zoo.make("Qwen3", tmp_path / "base")
+    technique = Lora(r=4, alpha=8, target_modules=["v_proj"], modules_to_save=["q_norm", "k_norm"])
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj"], modules_to_save=["q_norm", "k_norm"])
+    model: Any = LORA.prepare(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), technique, None)
+    plain: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    name = "base_model.model.model.layers.0.self_attn.q_norm.modules_to_save.default.weight"
+    for each in (model, plain):
+        dict(each.named_parameters())[name].data.mul_(3)
+    ids = torch.tensor([[5, 60, 7, 80, 9, 10]])
+    found, wanted = (each(input_ids=ids, use_cache=use_cache).logits for each in (model, plain))
+    assert found.dtype == torch.bfloat16
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+    with model.disable_adapter(), plain.disable_adapter():
+        found, other = (each(input_ids=ids, use_cache=use_cache).logits for each in (model, plain))
+    assert (found - other).norm() < 0.05 * other.norm() < (other - wanted).norm()
+
+
 def test_router_that_has_an_adapter_and_would_learn_whole_is_refused(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(zoo.make("Qwen3-MoE", tmp_path / "base"))
 

@@ -51,9 +51,11 @@ def _is_known(module: nn.Module) -> bool:
     if family == name or family not in FAMILIES:
         return False
     layer = cast(Any, module)
-    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    wanted = ("Attention", _MIXTURE if _is_mixture(layer.mlp) else "MLP", "RMSNorm", "RMSNorm")
-    known = all(type(part).__name__ == family + kind for part, kind in zip(parts, wanted, strict=True))
+    parts = [(layer.self_attn, "Attention"), (layer.mlp, _MIXTURE if _is_mixture(layer.mlp) else "MLP")]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(layer.self_attn, each) for each in ("q_norm", "k_norm") if hasattr(layer.self_attn, each)]
+    parts += [(norm, "RMSNorm") for norm in norms]  # one that PEFT trains whole is wrapped, and casts at its borders
+    known = all(type(part).__name__ == family + kind for part, kind in parts)
     return known and (_is_mixture(layer.mlp) or _is_silu(layer.mlp))
 
 
