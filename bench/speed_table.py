@@ -7,7 +7,7 @@ peer behind each other in one, which spares it all starts but the first. OUT.jso
 that a run that is cut off keeps its results. The checkpoints are random and made here. All stacks have the same
 checkpoint, the same rows in the same order and an adapter of the same rank on the same layers; the peers' packages must
 be importable. The next process imports its packages while the one before it loads its model, so `seconds` are those of
-a preloaded process. Needs a GPU.
+a preloaded process, with all its `runs`. Needs a GPU.
 """
 
 import argparse
@@ -141,10 +141,10 @@ class Tunery:
 
 
 class Peer:
-    """One of `train_trl.py`'s stacks, or `generation_speed.py`: it waits for a line and prints a RESULT."""
+    """One of `train_trl.py`'s stacks, or `generation_speed.py`: it waits for a line and prints a RESULT of each run."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
-        self._log, self._out = log, log.with_suffix(".out")
+    def __init__(self, command: list[str], log: Path, runs: int = 1) -> None:
+        self._log, self._out, self._runs = log, log.with_suffix(".out"), runs
         with self._log.open("w") as errors, self._out.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command, "--wait"], stdin=subprocess.PIPE, stdout=out, stderr=errors, text=True
@@ -159,10 +159,13 @@ class Peer:
             ended = self.process.returncode
         except subprocess.TimeoutExpired:
             self.drop()
-        spent = {"seconds": {"whole": round(time.monotonic() - began, 1)}, "process_gib": memory.gib()}
+        seconds = {"whole": round(time.monotonic() - began, 1), "runs": self._runs}
+        spent = {"seconds": seconds, "process_gib": memory.gib()}
         said = (line.partition("RESULT ") for line in self._out.read_text().splitlines())
         found = [json.loads(figures) | spent for before, mark, figures in said if mark and not before]
-        return found or [{"failed": ended, "log": self._log.read_text().splitlines()[-15:]}]
+        if len(found) < self._runs:
+            found.append({"failed": ended, "log": self._log.read_text().splitlines()[-15:]})
+        return found
 
     def drop(self) -> None:
         self.process.kill()
@@ -189,7 +192,9 @@ def command(stack: str, bench: Bench, row: Row) -> list[str]:
 def begin(name: str, stack: str, bench: Bench) -> Measurement:
     row = ROWS[name]
     log = bench.logs / f"{stack} {name}.txt".replace(" ", "-")
-    return Tunery(bench, row) if stack == "tunery" else Peer(command(stack, bench, row), log)
+    if stack == "tunery":
+        return Tunery(bench, row)
+    return Peer(command(stack, bench, row), log, bench.runs if stack in _ALL_RUNS_IN_ONE else 1)
 
 
 def measure_all(names: list[str], bench: Bench) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -244,7 +249,9 @@ def ratio(found: dict[str, list[dict[str, Any]]]) -> float | None:
 
 
 def lines(results: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[str]:
-    """Yields the table: medians of tokens a second, memory, losses and gradient norms."""
+    """Yields the table: medians of tokens a second, memory; losses and gradient norms of the first run, as those of a
+    peer after it train the same model further.
+    """
     yield "| row | stack | runs | tokens/s | ratio | GiB allocated, reserved, process | losses | norms | seconds |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, found in results.items():
@@ -255,7 +262,8 @@ def lines(results: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[str]:
                 continue
             speeds = "/".join(str(one["tok_s"]) for one in runs if one.get("tok_s"))
             memory = ", ".join(str(run.get(key)) for key in ("peak_gib", "reserved_gib", "process_gib"))
-            losses, norms = (", ".join(map(str, _ends(run.get(key, [])))) for key in ("losses", "grad_norms"))
+            first = next((one for one in runs if one.get("losses")), run)
+            losses, norms = (", ".join(map(str, _ends(first.get(key, [])))) for key in ("losses", "grad_norms"))
             shown = ratio(found) if stack in {"tunery", "generation"} else ""
             cells = (name, stack, speeds, run["tok_s"], shown, memory, losses, norms, json.dumps(run.get("seconds")))
             yield f"| {' | '.join(map(str, cells))} |"

@@ -174,16 +174,18 @@ def test_speed_is_of_the_steps_after_the_warm_up_even_if_the_run_was_cut_off() -
 def test_table_of_speeds_compares_medians_with_the_fastest_peer() -> None:
     found = {
         "tunery": [{"tok_s": 100}, {"tok_s": 130, "losses": [9.0, 8.0, 7.0]}, {"tok_s": 140}, {"failed": []}],
-        "unsloth": [{"tok_s": 90}],
+        "unsloth": [{"tok_s": 80, "losses": [9.5, 7.5]}, {"tok_s": 90, "losses": [7.5, 6.5]}],
         "trl-liger": [{"tok_s": 65}, {"failed": "cut off"}],
     }
     assert speed_table.ratio(found) == 1.444
     assert speed_table.ratio({"tunery": [{"tok_s": 1}], "unsloth": [{"failed": 1}]}) is None
     answers = {"generation": [{"tok_s": 30, "transformers": {"tok_s": 20}}]}
     assert speed_table.ratio(answers) == 1.5
-    _, _, ours, *_, last = speed_table.lines({"qlora 8b": found, "generation 8b": answers})
+    _, _, ours, peer, *_, last = speed_table.lines({"qlora 8b": found, "generation 8b": answers})
     assert ours.startswith("| qlora 8b | tunery | 100/130/140 | 130 | 1.444 |")
     assert "| 9.0, 7.0 |" in ours
+    assert peer.startswith("| qlora 8b | unsloth | 80/90 | 90 |")
+    assert "| 9.5, 7.5 |" in peer, "later runs train the same model further"
     assert last.startswith("| generation 8b | generation | 30 | 30 | 1.5 |")
 
 
@@ -194,16 +196,24 @@ def test_each_run_of_a_job_has_its_process_and_rows_of_eight_bits_share_the_peer
     assert wanted == [again[0], (["qlora 8b", "qlora 8b fp8"], "unsloth"), again[1], *again]
 
 
-def test_a_peer_that_is_cut_off_keeps_the_runs_that_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("runs", "then", "failed"), [(2, "", []), (3, "time.sleep(60)", ["cut off"]), (3, "raise MemoryError", [1])]
+)
+def test_a_peer_keeps_the_runs_that_it_ended_and_says_why_it_has_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int, then: str, failed: list[Any]
+) -> None:
     (tmp_path / "two_runs.py").write_text(
         "import time\nassert input() == ''\nfor speed in (5, 6):\n"
-        "    print('RESULT {\"tok_s\": %d}' % speed, flush=True)\ntime.sleep(60)\n"
+        f"    print('RESULT {{\"tok_s\": %d}}' % speed, flush=True)\n{then}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    bench = speed_table.Bench(tmp_path, time.monotonic() + 4, steps=50, skip=10, runs=2, logs=tmp_path)
+    bench = speed_table.Bench(tmp_path, time.monotonic() + 4, steps=50, skip=10, runs=runs, logs=tmp_path)
     bench.checkpoint("small")
-    peer = speed_table.Peer(["two_runs"], tmp_path / "log.txt")
-    assert [run["tok_s"] for run in peer.run(bench, speed_table.Row("small", "lora"))] == [5, 6]
+    peer = speed_table.Peer(["two_runs"], tmp_path / "log.txt", runs)
+    found = peer.run(bench, speed_table.Row("small", "lora"))
+    assert [run["tok_s"] for run in found if "tok_s" in run] == [5, 6]
+    assert [run["failed"] for run in found if "failed" in run] == failed
+    assert found[0]["seconds"]["runs"] == runs
     assert peer.process.poll() is not None
 
 
