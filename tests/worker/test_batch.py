@@ -153,6 +153,23 @@ def test_prompts_that_come_first_are_padded_and_no_answer_begins_before(
     assert [[greedy(row) for _ in range(TOKENS)] for row in rows] == [alone(llama, prompt) for prompt in prompts]
 
 
+def test_attention_that_writes_all_scores_reads_few_tokens_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "PROMPT_TOKENS", 64)
+    model = read(zoo.make("Llama", tmp_path / "base"))
+    model.set_attn_implementation("eager")
+    batch = Batch(model, prompts_first=True)
+    widths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, fields: widths.append(fields["input_ids"].shape[1]), with_kwargs=True
+    )
+    long = [3 + n % 250 for n in range(200)]
+    said = greedy(batch.join(long))
+    assert max(widths) == 64
+    assert said == alone(model, long)[0]
+
+
 @pytest.mark.parametrize("read_first", [True, False])
 def test_padding_stays_in_the_room_of_rows_that_are_nearly_read(
     llama: Any, read_first: bool, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from worker.server.lane import NONE_LIKELY, WIDTH_STEP, Adapters, Lane
 from worker.server.slots import Parts
 from worker.server.streams import NoProbabilities
 from worker.trainer import grouped_attention
-from worker.trainer.decoding import decoder
+from worker.trainer.decoding import decoder, passes
 from worker.trainer.decoding.graphs import Recorder
 
 PROMPT_TOKENS = 512
@@ -123,7 +123,8 @@ class Batch:
         self._lanes = {0: self._new_lane()}
         self._long_tokens = long_tokens or self._cheaper_alone()
         self._prompts_first = prompts_first
-        self._tokens_a_pass = decoder.PROMPT_TOKENS[model.device.type] if prompts_first else PROMPT_TOKENS
+        has_room = prompts_first and passes.is_plain(model)  # other attention writes the scores of all pairs of tokens
+        self._tokens_a_pass = decoder.PROMPT_TOKENS[model.device.type] if has_room else PROMPT_TOKENS
         self._tokens_a_step = sys.maxsize if prompts_first else PROMPT_TOKENS
         self._joining: deque[Row] = deque()
         self._numbers = count()

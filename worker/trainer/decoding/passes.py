@@ -26,6 +26,11 @@ def are_known(model: Any) -> bool:
     return model.config.model_type in BY_LAYER | ONE_MASK and not rope.of(model)
 
 
+def is_plain(model: Any) -> bool:
+    """Whether a model's attention is by scores and masks alone, computed without writing all scores."""
+    return model.config._attn_implementation in _PLAIN
+
+
 class Passes:
     """A model's passes over the rows of a cache."""
 
@@ -38,7 +43,7 @@ class Passes:
         the first `reach` positions are read.
         """
         self._cache.place_all(positions, reach)
-        if not self._is_plain:
+        if not is_plain(self._model):
             return self.read(tokens, positions)
         with attending(self._model, _ONE_TOKEN):
             return self._logits(
@@ -60,10 +65,6 @@ class Passes:
             return self._logits(
                 ids, positions, self._no_mask(positions), logits_to_keep=borders.ends[1:] - 1, borders=borders
             )[0]
-
-    @property
-    def _is_plain(self) -> bool:
-        return self._model.config._attn_implementation in _PLAIN
 
     def _no_mask(self, positions: Tensor) -> Mapping[str, Tensor] | Tensor:
         """Returns masks for attention that does not read them: of four axes, so that transformers passes them on."""
@@ -90,7 +91,7 @@ class Passes:
 
     def _mask(self, window: int | None) -> Tensor:
         visible = self._cache.visible(window)
-        if self._is_plain:
+        if is_plain(self._model):
             return visible
         added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
         return added.masked_fill(~visible, torch.finfo(added.dtype).min)
