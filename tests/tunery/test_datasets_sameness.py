@@ -1,6 +1,7 @@
 """Questions that ask the same, and others that only share a template, an instruction or a context."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,47 @@ def test_short_answers_to_the_same_question_contradict_each_other(tmp_path: Path
     assert lines(report, "contradiction") == [[1, 4]]
     [why] = [finding.why for finding in report.findings if finding.kind == "contradiction"]
     assert why == "For the same question the answer is 'Paris' in one row and 'Lyon' in the other."
+
+
+SIGNED = [
+    ("What is 3 + 4?", "7", "What is 3 * 4?", "12"),
+    ("What is 3 - 4?", "-1", "What is 3 / 4?", "0.75"),
+    ("What does C++ stand for?", "C plus plus", "What does C# stand for?", "C sharp"),
+    ("Is it -5 C outside?", "yes", "Is it 5 C outside?", "no"),
+    ("Convert 5\u20ac to words", "five euros", "Convert 5$ to words", "five dollars"),
+    ("I got it today \U0001f600", "good", "I got it today \U0001f621", "bad"),
+    ("my boss called again :)", "good", "my boss called again :(", "bad"),
+    ("Is \U0001f44d a good sign?", "yes", "Is \U0001f44e a good sign?", "no"),
+    ("Solve it for x > 0", "-3", "Solve it for x < 0", "3"),
+]
+"""Questions that differ in a sign alone, and their answers."""
+
+
+@pytest.mark.parametrize(("one", "first", "other", "second"), SIGNED)
+def test_a_question_with_another_sign_is_another(tmp_path: Path, one: str, first: str, other: str, second: str) -> None:
+    rows = pairs((one, first), (other, second), ("Where is Brem?", "North"))
+    report = maker.make(written(tmp_path / "rows.jsonl", rows), against=written(tmp_path / "other.jsonl", rows[1:2]))
+    found = {finding.kind: finding.lines for finding in report.findings}
+    assert not {"contradiction", "near_duplicate"} & found.keys()
+    assert found["test_leak"] == [2]
+    again = maker.make(written(tmp_path / "rows.jsonl", [*rows, *pairs((one, second))]))
+    assert lines(again, "contradiction") == [[1, 4]]
+
+
+def test_a_sign_more_is_the_same_question(tmp_path: Path) -> None:
+    rows = pairs(("Where is my card?", "On its way, it was sent."), ("What is 3 + 4?", "7"))
+    asked = pairs(("where is my card \U0001f621\U0001f621", "On its way, it was sent."), ("What is **3 + 4**?", "7"))
+    report = maker.make(written(tmp_path / "rows.jsonl", rows), against=written(tmp_path / "other.jsonl", asked))
+    assert lines(report, "test_leak") == [[1], [2]]
+
+
+def test_accents_are_compared_however_they_are_encoded(tmp_path: Path) -> None:
+    rows = pairs(("Comment r\u00e9initialiser mon mot de passe ?", "Cliquez sur le lien re\u00e7u."))
+    apart = json.loads(unicodedata.normalize("NFD", json.dumps(rows, ensure_ascii=False)))
+    assert apart != rows
+    report = maker.make(written(tmp_path / "rows.jsonl", [*rows, *apart]), against=written(tmp_path / "a", apart))
+    assert lines(report, "exact_duplicate") == [[1, 2]]
+    assert lines(report, "test_leak") == [[1], [2]]
 
 
 def test_a_file_that_asks_for_several_answers_has_no_contradictions(tmp_path: Path) -> None:

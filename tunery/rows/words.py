@@ -4,6 +4,7 @@
 """
 
 import unicodedata
+from collections.abc import Callable
 from itertools import groupby
 
 _JOINERS = "\u200c\u200d"
@@ -17,14 +18,20 @@ def _is_mark(character: str) -> bool:
     return character in _JOINERS or (is_combining and not unicodedata.name(character, "").startswith(_OF_SIGNS))
 
 
-def _as_range() -> str:
-    """Returns the marks among letters as a range of a pattern."""
-    points = (point for point in range(0x300, 0x20000) if _is_mark(chr(point)))
+def _is_sign(character: str) -> bool:
+    return unicodedata.category(character) in ("Sm", "Sc", "So")
+
+
+def _as_range(least: int, is_one: Callable[[str], bool]) -> str:
+    """Returns the characters that are such as a range of a pattern."""
+    points = (point for point in range(least, 0x20000) if is_one(chr(point)))
     runs = (list(run) for _, run in groupby(enumerate(points), lambda item: item[1] - item[0]))
     return "".join(f"{chr(run[0][1])}-{chr(run[-1][1])}" for run in runs)
 
 
-MARKS = _as_range()
+MARKS = _as_range(0x300, _is_mark)
+SIGNS = _as_range(0x80, _is_sign)
+"""Signs of mathematics and currencies, and emoji, outside ASCII."""
 
 
 def pattern(letters: str = r"\w") -> str:

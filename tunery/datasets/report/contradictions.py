@@ -55,7 +55,7 @@ class _Found(NamedTuple):
 
     @property
     def question(self) -> str:
-        return texts.words(self.pair.second.question)
+        return texts.words_and_signs(self.pair.second.question)
 
 
 def _repeated(case: Case, found: Sequence[_Found], judges: Sequence[_Judge]) -> Iterator[_Found]:
@@ -78,7 +78,7 @@ def _repeated(case: Case, found: Sequence[_Found], judges: Sequence[_Judge]) -> 
 
 
 def _asked(row: Row) -> str:
-    return texts.words(row.question) or texts.squash(row.question)
+    return texts.words_and_signs(row.question) or texts.squash(row.question)
 
 
 def _by_question(found: Iterable[_Found]) -> dict[str, set[str]]:
@@ -125,7 +125,7 @@ def _answers(case: Case, pair: Pair) -> tuple[str, str, str] | None:
     first, second = pair.first, pair.second
     if pair.similarity < 1 or any(first.line in task.labels and second.line in task.labels for task in case.tasks):
         return None
-    one, other = (texts.words(row.answer).split() for row in (first, second))
+    one, other = (texts.words_and_signs(row.answer).split() for row in (first, second))
     if not (0 < _size(one) <= _SHORT and 0 < _size(other) <= _SHORT) or _adds(one, other) or _adds(other, one):
         return None
     return "the answer", _shown(first.answer), _shown(second.answer)
@@ -137,7 +137,9 @@ def _size(words: Sequence[str]) -> float:
 
 
 def _adds(words: Sequence[str], more: Sequence[str]) -> bool:
-    """Whether an answer only says more than another one."""
+    """Whether an answer only says more than another one, which a minus does not."""
+    if ("-" in words) != ("-" in more):
+        return False
     return {*words} <= {*more} or (texts.NO_BLANK.match(words[0]) is not None and more[0].startswith(words[0]))
 
 

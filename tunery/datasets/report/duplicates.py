@@ -4,6 +4,7 @@ from collections.abc import Iterator, Set
 
 from tunery.datasets.report import shingles, texts
 from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.labels import LONGEST
 from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import by_key, whole
 
@@ -23,13 +24,18 @@ def find_near(case: Case) -> Iterator[Finding]:
     exact = case.lines_found("exact_duplicate")
     pairs = [pair for pair in case.pairs if not (pair.leaked or _are_equal(pair, exact))]
     answered = {row.line: row.answer or row.question for pair in pairs for row in (pair.first, pair.second)}
-    words = {line: texts.words(answer) for line, answer in answered.items()}
+    words = {line: _said(answer) for line, answer in answered.items()}
     answers = shingles.similarities([(words[pair.first.line], words[pair.second.line]) for pair in pairs])
     for pair, similarity in zip(pairs, answers, strict=True):
         if similarity >= NEAR_ANSWER and _may_be_near(pair):
             lines = sorted((pair.first.line, pair.second.line))
             why = f"{'Texts' if pair.first.is_plain else 'Questions and answers'} are nearly the same."
             yield Finding("near_duplicate", lines, min(pair.similarity, similarity), why, "Keep one of them.")
+
+
+def _said(answer: str) -> str:
+    """Returns the words of an answer, and of a short one the signs too: in a long one they may be its layout."""
+    return (texts.words_and_signs if len(answer) <= LONGEST else texts.words)(answer)
 
 
 def _are_equal(pair: Pair, exact: Set[int]) -> bool:

@@ -61,8 +61,8 @@ _REMEMBERED = 128
 
 
 def sentences(text: str) -> list[str]:
-    """Returns the words of each sentence and line of a text."""
-    return [words for part in _END.split(text) if (words := texts.words(part))]
+    """Returns the words and signs of each sentence and line of a text."""
+    return [words for part in _END.split(text) if (words := texts.words_and_signs(part))]
 
 
 def instructions(questions: Iterable[Sequence[str]]) -> frozenset[str]:
@@ -91,17 +91,19 @@ def ask_the_same(one: Sequence[str], other: Sequence[str]) -> bool:
 
 def are_worded_alike(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether similar questions, given by their sentences, differ in nothing that may be the reason for another answer:
-    a word in place of another that is no typing error, one that turns the meaning, or the order of words."""
+    a word in place of another that is no typing error, a sign or a word that turns the meaning, or the order of words.
+    """
     common = set(one) & set(other)
     here, there = _rest(one, common), _rest(other, common)
-    if _TURNING & (here.words ^ there.words) or _replaces_more(here, there, _is_typo, 0):
+    unshared = here.words ^ there.words
+    if _TURNING & unshared or any(map(texts.is_sign, unshared)) or _replaces_more(here, there, _is_typo, 0):
         return False
     shared = here.words & there.words
     return not _are_reordered(*([word for word in part.order if word in shared] for part in (here, there)))
 
 
 class _Words(NamedTuple):
-    """Words in their order, the different ones, and those of content."""
+    """Words in their order, the different ones, and those of content, as signs are."""
 
     order: Sequence[str]
     words: frozenset[str]
@@ -117,7 +119,8 @@ def _rest(question: Iterable[str], common: Collection[str]) -> _Words:
 def _words_of(sentences: tuple[str, ...]) -> _Words:
     order = " ".join(sentences).split()
     words = frozenset(order)
-    return _Words(order, words, frozenset(word for word in words if len(word) >= _LEAST_LETTERS) - _FUNCTION)
+    content = frozenset(word for word in words if len(word) >= _LEAST_LETTERS or texts.is_sign(word))
+    return _Words(order, words, content - _FUNCTION)
 
 
 def _are_reordered(words: Sequence[str], others: Sequence[str]) -> bool:
