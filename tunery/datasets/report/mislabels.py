@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 from sklearn.pipeline import make_union
 
-from tunery.datasets.report import labels, quotes, texts
+from tunery.datasets.report import labels, quotes, spellings, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.labels import Task
 from tunery.datasets.report.rows import Row
@@ -40,7 +40,8 @@ _ACTION = "Check the row, and correct the label if it is wrong."
 
 def find(case: Case) -> Iterator[Finding]:
     """Finds rows whose answer is that of another question, the most certain first, without contradictions: those with
-    values that only the question of another can have, and those for which the classifier prefers another label."""
+    values that only the question of another can have, those with a label in a rare spelling, and those for which the
+    classifier prefers another label."""
     named = case.lines_found("contradiction", "wrong_roles", "empty_output", "truncated_output")
     quoted = quotes.find(case)
     absent = {line: found for line, found in quoted.missing.items() if line not in named}
@@ -48,17 +49,23 @@ def find(case: Case) -> Iterator[Finding]:
         why = f"Has '{value[:_SHOWN]}', which is not in the question, although similar answers quote the question."
         yield Finding("mislabelled", [line], fraction, why, _ACTION)
     named |= absent.keys()
+    tasks = [task for task in case.tasks if task.key not in quoted.keys]
+    odd = {one.line: one for task in tasks for one in spellings.find(task) if one.line not in named}
+    for one in sorted(odd.values(), key=lambda one: -one.score):
+        yield Finding("mislabelled", [one.line], one.score, one.why, one.action)
+    named |= odd.keys()
     for task in case.tasks:
         rows = [row for row in case.answered if row.line in task.labels]
         if len(rows) < _LEAST or task.key in quoted.keys:
             continue
-        given = [task.labels[row.line] for row in rows]
+        given, spelled = [task.labels[row.line] for row in rows], task.spelled()
         margins, better = _margins(rows, given, _trusted(task, case.against))
         if not _are_learnt(given, margins, better):
             continue
         for at in np.argsort(margins):
             if margins[at] < 0 and rows[at].line not in named:
-                why = f"Has {task.name} '{given[at]}', whereas similar rows have '{better[at]}'."
+                given_here, others = spelled[given[at]], spelled[better[at]]
+                why = f"Has {task.name} '{given_here}', whereas similar rows have '{others}'."
                 yield Finding("mislabelled", [rows[at].line], float(-margins[at]), why, _ACTION)
 
 

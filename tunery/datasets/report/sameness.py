@@ -177,6 +177,12 @@ def _is_typo(word: str, other: str, least: int = _CONTENT) -> bool:
     return is_swapped or (max(len(one), len(two)) <= 1 and (len(one) != len(two) or len(word) >= least))
 
 
+def is_misspelt(word: str, other: str) -> bool:
+    """Whether one of two words that are not short is the other with a typing error in its letters."""
+    is_long = min(len(word), len(other)) >= _CONTENT
+    return is_long and texts.numbers(word) == texts.numbers(other) and _is_typo(word, other)
+
+
 def _is_spelling(word: str, other: str) -> bool:
     """Whether words differ in one letter, in the order of two, or in little of their length, or have one stem."""
     if word[0] != other[0] and word[-1] != other[-1]:
