@@ -308,6 +308,66 @@ def test_text_that_breaks_off() -> None:
     assert lines(truncation.find, Case([*rows, cut])) == [[99]]
 
 
+def sentences(count: int) -> list[str]:
+    dice = random.Random(3)
+    words = ["the", "small", "dog", "runs", "over", "every", "green", "hill", "while", "many", "birds", "sing"]
+    made = (" ".join(dice.choices(words, k=8)).capitalize() + "." for _ in range(2 * count))
+    return [f"{one} {other}" for one, other in zip(made, made, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "That is the way \u2600\ufe0f",
+        "It shows a family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "Well done \U0001f44d\U0001f3fd",
+        "```go\nfunc main() {\n\tprintln(1)\n}\n```",
+        "\u092e\u0947\u0930\u093e \u0911\u0930\u094d\u0921\u0930 \u0939\u0948\u0964",
+        "\u0e1b\u0e01\u0e15\u0e34\u0e2a\u0e34\u0e19\u0e04\u0e49\u0e32\u0e08\u0e30\u0e21\u0e32\u0e16\u0e36\u0e07",
+    ],
+    ids=["emoji", "family", "skin", "code", "Hindi", "Thai"],
+)
+def test_an_end_without_a_full_stop_is_no_break(end: str) -> None:
+    rows = [row(at, f"Tell {at} me {at * 7} more", text) for at, text in enumerate(sentences(60), 1)]
+    cut = row(99, "And now", "The small dog runs over the gre")
+    assert lines(truncation.find, Case([*rows, row(101, "And then", end), cut])) == [[99]]
+
+
+THAI = [
+    "\u0e1b\u0e01\u0e15\u0e34",
+    "\u0e2a\u0e34\u0e19\u0e04\u0e49\u0e32",
+    "\u0e21\u0e32\u0e16\u0e36\u0e07",
+    "\u0e20\u0e32\u0e22\u0e43\u0e19",
+    "\u0e2a\u0e32\u0e21",
+    "\u0e27\u0e31\u0e19",
+    "\u0e43\u0e1a\u0e40\u0e2a\u0e23\u0e47\u0e08",
+    "\u0e2d\u0e22\u0e39\u0e48\u0e43\u0e19",
+    "\u0e2b\u0e19\u0e49\u0e32",
+    "\u0e04\u0e33\u0e2a\u0e31\u0e48\u0e07\u0e0b\u0e37\u0e49\u0e2d",
+    "\u0e01\u0e23\u0e38\u0e13\u0e32",
+    "\u0e15\u0e34\u0e14\u0e15\u0e48\u0e2d",
+    "\u0e1d\u0e48\u0e32\u0e22",
+    "\u0e1a\u0e23\u0e34\u0e01\u0e32\u0e23",
+]
+
+
+def test_a_file_in_thai_is_judged() -> None:
+    dice = random.Random(3)
+    parts = ("".join(dice.choices(THAI, k=count)) for _ in range(60) for count in (5, 3, 3))
+    said = [
+        f"{one} ({other}) {last}\u0e04\u0e23\u0e31\u0e1a" for one, other, last in zip(parts, parts, parts, strict=True)
+    ]
+    rows = [row(at, f"Tell {at} me {at * 7} more", text) for at, text in enumerate(said, 1)]
+    cut = row(99, "And now", said[7][: said[7].index(")") - 2])
+    assert lines(truncation.find, Case([*rows, cut])) == [[99]]
+
+
+def test_white_space_at_an_end_is_named_as_such() -> None:
+    rows = [row(at, f"Tell {at} me {at * 7} more", text) for at, text in enumerate(sentences(60), 1)]
+    [found] = truncation.find(Case([*rows, row(99, "And now", "The small dog runs over the green hill. ")]))
+    assert found.why == "Ends with white space, as few answers do: ' dog runs over the green hill.'."
+
+
 def test_too_long_by_a_base_and_by_estimate() -> None:
     rows = [row(1, "word " * 100, "short"), row(2, "short", "short")]
     assert lines(length.find, Case(rows, max_tokens=50)) == [[1]]

@@ -42,7 +42,6 @@ EXTREME = 5.0
 """Bound of standardised features."""
 _CERTAIN = 10.0
 """Odds from which an answer is not used as an example of a whole one."""
-_ENDS = ".!?。！？"  # noqa: RUF001 (they are of other scripts)
 _LEAST, _MOST = np.array([0.5, 0.01, 0.005]), np.array([0.985, 0.5, 0.5])
 """Bounds of the estimated share of each class, so that a single truncated answer is found too."""
 _STEPS = 100
@@ -88,9 +87,9 @@ def _odds(rows: Sequence[Row], known: Vocabulary, dice: random.Random) -> Floats
     first = _judge(parts, parts.whole_of(learned))
     certain = [at for at, odd in zip(learned, first, strict=True) if odd[INSIDE] + odd[AFTER] > _CERTAIN]
     taught = parts.at((parts.kinds != WHOLE) | ~np.isin(parts.owners, certain))
-    # An answer that ends with a sentence is not judged, as it looks like a short one.
+    # An answer that is finished is not judged, as it looks like a short one.
     inner, rest = (
-        [at for at in some if rows[at].answer.rstrip()[-1] not in _ENDS] for some in (learned, order[_FITTED:])
+        [at for at in some if not endings.is_finished(rows[at].answer)] for some in (learned, order[_FITTED:])
     )
     if inner:
         found[inner] = _judge(taught, parts.whole_of(inner))

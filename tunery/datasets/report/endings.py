@@ -17,7 +17,11 @@ _HALF, _USUAL = 0.5, 0.05
 _COPIED = 12
 """Characters at the end of an answer that are looked up in its question."""
 _MOST_ITEMS = 20
-_FINISHED = ".!?。！？"  # noqa: RUF001 (they are of other scripts)
+_LAST = 8
+"""Characters at the end of an answer that may be one emoji."""
+_FINISHED = ".!?。！？؟۔।॥።։။។"  # noqa: RUF001 (they are of other scripts)
+_EMOJI = re.compile(r"[\u2600-\u27bf\u2b50\u2b55\U0001f000-\U0001faff][\ufe0f\u200d\u20e3\U0001f3fb-\U0001f3ff]*\Z")
+_FENCE = "```"
 _QUOTES = "\"'”’`»"  # noqa: RUF001 (likewise)
 _CLOSED = _FINISHED + _QUOTES + ")]}…）】」』*>|"  # noqa: RUF001 (likewise)
 _GOES_ON = ",:;([{-—/=+*&、，："  # noqa: RUF001 (likewise)
@@ -41,6 +45,12 @@ _CODE = re.compile(
 _TAG, _CLOSED_TAG = re.compile(r"<[a-z]\w*", re.IGNORECASE), re.compile(r"</|/>")
 _NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _ASKED = re.compile(rf"\b(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?:\w+\s){{0,2}}?\w+s\b", re.IGNORECASE)
+
+
+def is_finished(answer: str) -> bool:
+    """Whether an answer ends with a sentence, an emoji or a block of code."""
+    text = answer.rstrip()
+    return text.endswith((*_FINISHED, _FENCE)) or _EMOJI.search(text[-_LAST:]) is not None
 
 
 def describe(answer: str, question: str, own: Own, known: Vocabulary) -> dict[str, float]:

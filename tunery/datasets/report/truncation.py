@@ -25,6 +25,9 @@ _DOUBTFUL = 0.02, 0.95
 """Probabilities of a cut between which a base is asked."""
 _WEIGHT, _USUAL_END = 0.5, -4.0
 """The weight of a base's log odds, and the usual lower bound of the log probability of an end after a whole answer."""
+_UNMARKED, _MOST_UNMARKED = re.compile(r"[\u0e00-\u0eff]\s*\Z"), 0.5
+"""An end in Thai or Lao, whose sentences have no mark there, and the share of the answers from which on a file is
+written so: in a file with other languages, each looks as if it broke off."""
 _PLACES = 55.0
 """How much less likely a cut at one place is than a cut anywhere: an answer has many places."""
 _MARKER = re.compile(r"\s*(?:[-+*•]|\d+[.)-]?)\s*")
@@ -42,12 +45,17 @@ def find(case: Case) -> Iterator[Finding]:
     judged = cut.keys() | {line for task in case.tasks for line in task.labels}
     free = [row for row in rows if row.line not in judged and texts.load_json(row.answer) is None]
     free = [row for row in free if len(row.answer.strip()) >= cut_model.SHORTEST]  # others cannot be cut to learn from
+    unmarked = {row.line for row in free if _UNMARKED.search(row.answer)}
+    if len(unmarked) < _MOST_UNMARKED * len(free):
+        free = [row for row in free if row.line not in unmarked]
     if len(free) < _LEAST:
         return
     often = Counter(texts.squash(row.answer) for row in free)
+    blank = {row.line for row, is_blank in zip(free, _blanks(free), strict=True) if is_blank}
     for row, chance in zip(free, _chances(case, free), strict=True):
         if chance >= _SURE and often[texts.squash(row.answer)] == 1:
-            why = f"Breaks off: '{row.answer.rstrip()[-30:]}'."
+            said = "Ends with white space, as few answers do" if row.line in blank else "Breaks off"
+            why = f"{said}: '{row.answer.rstrip()[-30:]}'."
             yield Finding("truncated_output", [row.line], float(chance), why, _ACTION)
 
 
