@@ -331,6 +331,17 @@ def test_rows_with_another_system_message_are_compared_with_each_other(tmp_path:
     assert lines(report, "contradiction") == [[2, 3]]
 
 
+@pytest.mark.parametrize(
+    ("system", "is_same"),
+    [("You work for a small museum.", False), ("You work for a small hotel!", True), ("", True)],
+)
+def test_the_same_answer_under_another_system_message(tmp_path: Path, system: str, is_same: bool) -> None:
+    rows = [instructed(one, "Yes, it may come.") for one in ("You work for a small hotel.", system)]
+    rows[1]["messages"][1]["content"] += "!"
+    report = maker.make(written(tmp_path / "rows.jsonl", rows))
+    assert lines(report, "near_duplicate") == ([[1, 2]] if is_same else [])
+
+
 def test_preferences_that_are_swapped_contradict_each_other(tmp_path: Path) -> None:
     one = {"prompt": "How do I reset it?", "chosen": "Hold the button.", "rejected": "No idea."}
     swapped = one | {"chosen": one["rejected"], "rejected": one["chosen"]}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Set
 
-from tunery.datasets.report import shingles, texts
+from tunery.datasets.report import sameness, shingles, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.labels import LONGEST
 from tunery.datasets.report.neighbours import Pair
@@ -38,6 +38,12 @@ def _said(answer: str) -> str:
     return (texts.words_and_signs if len(answer) <= LONGEST else texts.words)(answer)
 
 
+def _have_one_system(pair: Pair) -> bool:
+    """Whether the system messages say the same, or one row has none."""
+    one, other = pair.first.system, pair.second.system
+    return one == other or not one or not other or sameness.ask_the_same(*map(sameness.sentences, (one, other)))
+
+
 def _are_equal(pair: Pair, exact: Set[int]) -> bool:
     first, second = pair.first, pair.second
     return first.line in exact and second.line in exact and whole(first) == whole(second)
@@ -45,7 +51,9 @@ def _are_equal(pair: Pair, exact: Set[int]) -> bool:
 
 def _may_be_near(pair: Pair) -> bool:
     """Whether answers that are similar are so in meaning. Those in JSON may differ in a label alone, and rows of pairs
-    in the other answer; those with other tools have other questions."""
+    in the other answer; those with other tools have other questions, and so have those under other instructions."""
+    if not _have_one_system(pair):
+        return False
     if texts.squash(pair.first.rejected) != texts.squash(pair.second.rejected) or pair.first.tools != pair.second.tools:
         return False
     first, second = pair.first.answer, pair.second.answer
