@@ -41,6 +41,7 @@ _UPLOADED = ("repeated_elsewhere", "benchmark_overlap")
 ACTIONS: dict[str, _Possible] = {
     INVALID: _DROP,
     "wrong_roles": _Possible(("fix", "drop"), "fix"),
+    "wrong_calls": _DROP,
     "empty_output": _DROP,
     TRUNCATED: _DROP,
     "too_long": _DROP,

@@ -38,6 +38,7 @@ from tunery.rows.answer_losses import AnswerLoss
 
 CHECKS: list[Check] = [
     roles.find,
+    roles.find_calls,
     answers.find_empty,
     truncation.find,
     length.find,

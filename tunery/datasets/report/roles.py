@@ -1,4 +1,4 @@
-"""Finds rows with a wrong order of roles."""
+"""Finds rows with a wrong order of roles, and with calls that do not fit their tools."""
 
 from collections.abc import Iterator, Sequence
 from typing import get_args
@@ -17,6 +17,13 @@ def find(case: Case) -> Iterator[Finding]:
     for row in case.rows:
         if row.turns and not row.is_plain and (why := describe(row.turns)):
             yield Finding("wrong_roles", [row.line], 1.0, why, _ACTION)
+
+
+def find_calls(case: Case) -> Iterator[Finding]:
+    """Finds rows that would teach a call which cannot be made, or a result that answers no call."""
+    for row in case.rows:
+        if row.misfit:
+            yield Finding("wrong_calls", [row.line], 1.0, row.misfit, "Correct the call or the tools, or drop the row.")
 
 
 def describe(turns: Sequence[Turn]) -> str | None:

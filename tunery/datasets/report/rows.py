@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.datasets.errors import NothingToCompare
-from tunery.datasets.report import texts
+from tunery.datasets.report import calls, texts
 from tunery.datasets.report.verdict import ANY_METHOD
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
@@ -36,14 +36,16 @@ class Turn:
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row. `line`: its number, see `SourceRow`. `fault`: why a job would refuse it. `rejected`: the text of a
-    pair's other answer. `tools`: the names of those that it offers. `question`: all that is said before the answer, by
-    system messages not, since these stand before every question alike."""
+    pair's other answer. `tools`: the names of those that it offers; `misfit`: why its calls do not fit them.
+    `question`: all that is said before the answer, by system messages not, since these stand before every question
+    alike."""
 
     line: int
     turns: tuple[Turn, ...]
     fault: str | None = None
     rejected: str = ""
     tools: tuple[str, ...] = ()
+    misfit: str | None = None
     system: str = field(init=False)
     question: str = field(init=False)
     answer: str = field(init=False)
@@ -145,22 +147,24 @@ def of_example(line: int, example: Example) -> Row:
         return Row(line, (Turn(PLAIN, example.messages[0].content or ""),))
     rejected = _turn(example.dispreferred).text if isinstance(example, Pair) else ""
     tools = tuple(sorted(tool.function.name for tool in example.tools or ()))
-    return Row(line, tuple(map(_turn, example.messages)), rejected=rejected, tools=tools)
+    turns = tuple(map(_turn, example.messages))
+    misfit = calls.describe(example) if any(turn.calls for turn in turns) else None
+    return Row(line, turns, rejected=rejected, tools=tools, misfit=misfit)
 
 
 def _turn(message: Message) -> Turn:
     parts = (message.reasoning_content, message.content, message.refusal)
-    calls = [*(call.function for call in message.tool_calls or ()), *filter(None, [message.function_call])]
-    said = [part for part in parts if part] + [f"{call.name}({call.arguments})" for call in calls]
-    return Turn(message.role, "\n".join(said), bool(calls))
+    made = calls.of_message(message)
+    said = [part for part in parts if part] + [f"{call.name}({call.arguments})" for call in made]
+    return Turn(message.role, "\n".join(said), bool(made))
 
 
 def _turns(messages: Any) -> Iterator[Turn]:
     """What can be read of the messages of a row that is refused."""
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
-            calls = bool(message.get("tool_calls") or message.get("function_call"))
-            yield Turn(str(message.get("role")), _text(message.get("content")), calls)
+            has_calls = bool(message.get("tool_calls") or message.get("function_call"))
+            yield Turn(str(message.get("role")), _text(message.get("content")), has_calls)
 
 
 def _text(content: Any) -> str:

@@ -3,6 +3,7 @@
 TITLES = {
     "invalid_row": "Rows that a job would refuse",
     "wrong_roles": "Roles out of order",
+    "wrong_calls": "Calls that do not fit their tools",
     "empty_output": "Empty answers",
     "truncated_output": "Answers that break off",
     "too_long": "Rows that are too long",
