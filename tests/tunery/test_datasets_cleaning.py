@@ -310,6 +310,16 @@ def test_nothing_of_a_secret_is_left(secret: str) -> None:
     assert list(privacy.kinds_in(text)) == []
 
 
+def test_an_excerpt_is_of_the_redacted_text() -> None:
+    before = (
+        "Ask ann@corp.example.org, or call 0171 2345678. " + "We are here for you every day. " * 2 + "bo@example.org"
+    )
+    after = redaction.redact_text(before)
+    assert redaction.excerpt({"a": before, "b": 1}, {"a": after, "b": 1}) == (
+        "Ask <EMAIL_ADDRESS>, or call <PHONE_NUMBER> \u2026 for you every day. <EMAIL_ADDRESS>"
+    )
+
+
 def test_a_private_key_goes_with_its_body() -> None:
     key = "-----BEGIN RSA PRIVATE KEY-----\nMIIEabc\ndef\n-----END RSA PRIVATE KEY-----"
     assert redaction.redact_text(f"See\n{key}\nthere") == "See\n<SECRET>\nthere"

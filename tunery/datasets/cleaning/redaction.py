@@ -91,5 +91,10 @@ def excerpt(before: Any, after: Any) -> str:
 
 
 def _around(text: str) -> str:
+    """Returns the placeholders with the text before each; dots stand for what is left out."""
     names = "|".join(map(re.escape, _NAMES.values()))
-    return " ".join(match[0].strip() for match in re.finditer(rf".{{0,{_AROUND}}}(?:{names})", text))
+    parts, at = [], 0
+    for match in re.finditer(rf".{{0,{_AROUND}}}(?:{names})", text):
+        parts += [match[0]] if match.start() == at else [" \u2026 ", match[0].lstrip()]
+        at = match.end()
+    return "".join(parts).strip()
