@@ -52,6 +52,7 @@ def test_every_route_in_a_message_has_a_command() -> None:
         ("GET /v1/models", "tunery models list"),
         ("GET /v1/models/meta-llama/Llama-3 8B", "tunery models show meta-llama/Llama-3 8B"),
         ("GET /v1/models/ft:tiny:tunery::a1/capture", "tunery captures show ft:tiny:tunery::a1"),
+        ("POST /v1/models/ft:tiny:tunery::a1/scorecards", "tunery models score ft:tiny:tunery::a1 FILE"),
         ("GET /v1/fine_tuning/jobs/ftjob-1", "tunery jobs show ftjob-1"),
         ("POST /v1/fine_tuning/jobs/ftjob-1/publish", "tunery jobs publish ftjob-1 --reason ..."),
         ("GET /healthz", "GET /healthz"),

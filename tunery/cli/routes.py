@@ -13,6 +13,7 @@ _COMMANDS = (
     (r"POST /v1/fine_tuning/jobs/([^/]+)/publish", r"tunery jobs publish \1 --reason ..."),
     (r"GET /v1/models", "tunery models list"),
     (r"GET /v1/models/(.+)/capture", r"tunery captures show \1"),
+    (r"POST /v1/models/(.+)/scorecards", r"tunery models score \1 FILE"),
     (r"GET /v1/models/(.+)", r"tunery models show \1"),
     (r"POST /v1/uploads", "client.uploads.upload_file_chunked"),  # of OpenAI's client: there is no command
 )
