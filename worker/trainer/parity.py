@@ -135,7 +135,7 @@ def _try_difference(t: Training, record: Record, artifact: Path) -> float | None
             return _difference(t, record, artifact)
         except torch.OutOfMemoryError:
             pass
-    log.info("the exported files are not checked: there is too little memory to load the model a second time")
+    log.info("the exported files are not loaded for a check: the model is large, or memory is short")
     return None
 
 
