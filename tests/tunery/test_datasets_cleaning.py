@@ -109,6 +109,16 @@ def test_injected_faults_are_gone_and_the_file_is_as_it_was(tmp_path: Path, monk
         assert dirty.lines[kind] <= touched, kind
 
 
+def test_a_changed_row_ends_as_all_others_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [chat("Who are you?", "An assistant."), chat("Who wrote?", "It was ana@example.org.")]
+    path.write_bytes(b"".join(json.dumps(row).encode() + b"\r\n" for row in rows))
+    done = cleaner.clean(path, tmp_path / "clean.jsonl", Cleaning(actions=[Action(kind="pii", action="redact")]))
+    content = (tmp_path / "clean.jsonl").read_bytes()
+    assert (len(done.changed), content.count(b"\r\n"), content.count(b"\n")) == (1, 2, 2)
+    assert b"ana@example.org" not in content
+
+
 def test_rows_that_nothing_is_done_to_stay_byte_for_byte(tmp_path: Path) -> None:
     lines = [
         '{"messages" : [{"role":"user","content":"caf\\u00e9 one"},{"role":"assistant","content":"a"}], "id": 7}\r',

@@ -177,8 +177,13 @@ def _write(source: Iterator[Line], made: Plan, apart: Collection[int], outputs: 
         if fault is not None:
             made.drop(number, INVALID, fault)
         if number not in made.dropped:
-            outputs[number in apart].write(lines.dump(fields[number]) if number in fields else line)
+            outputs[number in apart].write(_changed(line, fields[number]) if number in fields else line)
     return rows, unknown
+
+
+def _changed(line: bytes, fields: dict[str, Any]) -> bytes:
+    """Returns the line of a changed row, which ends as it did: a file has one kind of line end."""
+    return lines.dump(fields) + (b"\r" if line.endswith(b"\r") else b"")
 
 
 def _no_row(source: Path, line: int, rows: int) -> InvalidValue:
