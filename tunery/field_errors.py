@@ -69,8 +69,8 @@ def explain(faults: Sequence[Fault], body: Any, known: Any = None) -> InvalidVal
 
 def unrecognized(param: str, known: Iterable[str] = ()) -> InvalidValue:
     """Returns the error for an unknown field of a chat, in OpenAI's words; suggests one of `known`."""
-    close = difflib.get_close_matches(param, sorted(known), n=1, cutoff=_CLOSE)
-    meant = f". Did you mean '{close[0]}'?" if close else ""
+    close = _closest(param, sorted(known))
+    meant = f". Did you mean '{close}'?" if close else ""
     return InvalidValue(param=param, reason=f"Unrecognized request argument supplied: {param}{meant}")
 
 
@@ -130,10 +130,16 @@ def _parts(known: Any) -> list[str]:
     return [path.partition(".")[2] for path in (_paths(known) if known else ()) if path.startswith("columns.")]
 
 
+def _closest(name: str, names: Iterable[str]) -> str:
+    """Returns the name that was probably meant, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=_CLOSE)
+    return close[0] if close else ""
+
+
 def _unknown_part(name: str, parts: Sequence[str]) -> str:
     """Returns the reason for a name in `columns` that is no part of a row."""
-    close = difflib.get_close_matches(name, parts, n=1, cutoff=_CLOSE)
-    meant = f"Did you mean '{close[0]}'? " if close else ""
+    close = _closest(name, parts)
+    meant = f"Did you mean '{close}'? " if close else ""
     return (
         f"Unknown parameter: 'columns.{name[:40]}'. 'columns' names the column of each part, as in prompt=Frage. "
         f"{meant}The parts are {', '.join(parts)}."
@@ -149,8 +155,7 @@ def _suggestion(path: str, known: Any) -> str:
     beside = [other for other in paths if other.rpartition(".")[0] == folder]
     for candidates in (beside, paths):
         names = {other.rpartition(".")[2]: other for other in reversed(candidates)}
-        close = [_OTHER_NAMES.get(name, name), *difflib.get_close_matches(name, names, n=1, cutoff=_CLOSE)]
-        for found in close:
+        for found in (_OTHER_NAMES.get(name, name), _closest(name, names)):
             if found in names:
                 return names[found]
     return ""
