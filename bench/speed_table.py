@@ -161,8 +161,8 @@ class Peer:
             self.drop()
         seconds = {"whole": round(time.monotonic() - began, 1), "runs": self._runs}
         spent = {"seconds": seconds, "process_gib": memory.gib()}
-        said = (line.partition("RESULT ") for line in self._out.read_text().splitlines())
-        found = [json.loads(figures) | spent for before, mark, figures in said if mark and not before]
+        said = self._out.read_text().splitlines()
+        found = [json.loads(line.removeprefix("RESULT ")) | spent for line in said if line.startswith("RESULT ")]
         if len(found) < self._runs:
             found.append({"failed": ended, "log": self._log.read_text().splitlines()[-15:]})
         return found
