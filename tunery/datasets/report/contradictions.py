@@ -66,19 +66,15 @@ def _repeated(case: Case, found: Sequence[_Found], judges: Sequence[_Judge]) -> 
     for pair in (one.pair for one in found):
         for row, rival in ((pair.first, pair.second), (pair.second, pair.first)):
             for system in (texts.squash(rival.system), None):
-                of_question = rivals.setdefault((_asked(row), system), {})
+                of_question = rivals.setdefault((texts.asked(row.question), system), {})
                 of_question.setdefault(f"{rival.tools}{whole(rival)}", (rival, pair.similarity))
     for row in case.compared if rivals else ():
         if row.line not in named:
             systems = dict.fromkeys((texts.squash(row.system) or None, ""))
-            some = (rivals.get((_asked(row), system), {}).values() for system in systems)
+            some = (rivals.get((texts.asked(row.question), system), {}).values() for system in systems)
             pairs = (Pair(row, rival, similarity, False) for rival, similarity in chain.from_iterable(some))
             why = ((pair, judge(pair)) for pair in pairs if _same_instructions(pair) for judge in judges)
             yield from islice((_Found(pair, *said) for pair, said in why if said), 1)
-
-
-def _asked(row: Row) -> str:
-    return texts.words_and_signs(row.question) or texts.squash(row.question)
 
 
 def _by_question(found: Iterable[_Found]) -> dict[str, set[str]]:

@@ -65,7 +65,7 @@ def _group(rows: Sequence[Row], against: Sequence[Row]) -> list[_Question]:
     questions: dict[str, _Question] = {}
     for side, source in enumerate((rows, against)):
         for row in source:
-            key = texts.words_and_signs(row.question) or texts.squash(row.question)
+            key = texts.asked(row.question)
             if (question := questions.get(key)) is None:
                 question = questions[key] = _Question(key, sameness.sentences(row.question), [], [])
             (question.against if side else question.rows).append(row)

@@ -34,18 +34,29 @@ def find(task: Task) -> Iterator[Odd]:
     """Yields the rows of a task whose label is a rare spelling of another one, or that are the only ones to have it."""
     counts = Counter(task.written.values())
     usual = _usual(task, counts)
-    single = (len(task.labels) >= _KNOWN * len(task.written)) * _SINGLE
+    most_recur = len(task.labels) >= _KNOWN * len(task.written)
+    judged = {value: _judge(value, task.name, counts, usual, most_recur) for value in counts}  # many rows have one
     for line, value in task.written.items():
-        key, many = _key(value), counts[value]
-        label = usual.get(key) or next((one for other, one in usual.items() if sameness.is_misspelt(key, other)), None)
-        if label is None and single and many == 1:
-            why = f"Is the only row with {task.name} {_shown(value)}."
-            yield Odd(line, single, why, "Correct the label if it is wrong, or add rows that have it.")
-        if label in (None, value) or many > max(_RARE * counts[label], counts[label] >= _LEAST):
-            continue
-        score = 1 - many / counts[label] if key in usual else _TYPO
-        why = f"Has {task.name} {_shown(value)}, which {counts[label]:,} rows write {_shown(label)}."
-        yield Odd(line, score, why + _named(value, label), f"Write {_shown(label)}, unless another label is meant.")
+        if (found := judged[value]) is not None:
+            yield Odd(line, *found)
+
+
+def _judge(
+    value: str, name: str, counts: Mapping[str, int], usual: Mapping[str, str], most_recur: bool
+) -> tuple[float, str, str] | None:
+    """Returns an odd label's score, why it is odd, and what to do; None of one that is not."""
+    key, many = _key(value), counts[value]
+    label = usual.get(key) or next((one for other, one in usual.items() if sameness.is_misspelt(key, other)), None)
+    if label is None:
+        why = f"Is the only row with {name} {_shown(value)}."
+        is_single = most_recur and many == 1
+        return (_SINGLE, why, "Correct the label if it is wrong, or add rows that have it.") if is_single else None
+    rare = max(_RARE * counts[label], 1 if counts[label] >= _LEAST else 0)
+    if label == value or many > rare:
+        return None
+    score = 1 - many / counts[label] if key in usual else _TYPO
+    why = f"Has {name} {_shown(value)}, which {counts[label]:,} rows write {_shown(label)}."
+    return score, why + _named(value, label), f"Write {_shown(label)}, unless another label is meant."
 
 
 def _usual(task: Task, counts: Mapping[str, int]) -> dict[str, str]:

@@ -39,6 +39,11 @@ def words_and_signs(text: str) -> str:
     return " ".join((_ASCII_TOKEN if text.isascii() else _TOKEN).findall(_composed(text.casefold())))
 
 
+def asked(question: str) -> str:
+    """Returns what equal questions have in common: their words and signs, or all of one that has neither."""
+    return words_and_signs(question) or squash(question)
+
+
 def is_sign(word: str) -> bool:
     """Whether one of `words_and_signs` is a sign."""
     return not (word[0].isalnum() or word[0] == "_")
