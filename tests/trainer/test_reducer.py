@@ -1,6 +1,7 @@
 """Tests that two ranks have the sum of their gradients, each sent as soon as it is computed."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from tunery import processes
 from worker.trainer import reducer
+from worker.trainer.kernels import accumulation
+from worker.trainer.parallel import Ranks
 
 PARTS = {
     "plain": ((2, True), (2, True)),
@@ -59,6 +62,19 @@ def test_rows_that_were_looked_up_are_sent_alone(found: list[dict[str, Any]], sc
         sent = [size for size in each[scenario]["sent"] if size in (whole, rows)]
         assert sent == [whole if scenario == "head of one" else rows]
         assert whole in each[f"{scenario} whole"]["sent"]
+
+
+def test_gradients_are_put_off_until_a_pass_sends_them() -> None:
+    """Recorded passes, in which nothing is sent, add those of adapters together on several ranks, too."""
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.zeros(3)
+    ranks = cast(Ranks, SimpleNamespace(count=2, device=torch.device("cpu")))
+    sends = reducer.Reducer(ranks, [parameter])
+    with accumulation.together():
+        assert accumulation.of(parameter, torch.ones(3)) is None
+    assert parameter.grad.tolist() == [1, 1, 1]
+    with sends.overlapping(), accumulation.together():
+        assert accumulation.of(parameter, torch.ones(3)) is not None
 
 
 def test_small_gradients_are_sent_together() -> None:

@@ -42,7 +42,7 @@ class Reducer:
         self._ranks, self._parameters = ranks, list(parameters)
         self._buckets = buckets(self._parameters) if ranks.count > 1 else []
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
-        self._overlaps = False
+        self._listens = self._overlaps = False
         self._sent: list[_Sent] = []
         self._kept: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._lacking: set[int] = set()
@@ -52,8 +52,6 @@ class Reducer:
         self._next = 0
         self._awaited = [0] * len(self._buckets)
         self._all = torch.ones(len(self._parameters), device=ranks.device)
-        for parameter in self._parameters if self._buckets else ():
-            parameter.register_post_accumulate_grad_hook(self._computed)
 
     def expect(self, rows: Tensor | None) -> None:
         """Sets the rows of the embedding that can have a gradient in this step, the same on every rank; None: all."""
@@ -62,6 +60,7 @@ class Reducer:
     @contextmanager
     def overlapping(self) -> Iterator[None]:
         """Returns the context of a step's last backward pass, in which gradients are sent while others are computed."""
+        self._listen()
         self._awaited = [len(bucket) for bucket in self._buckets]
         self._overlaps = True
         try:
@@ -89,6 +88,16 @@ class Reducer:
         self._receive()
         self._drop_unused()
         self._kept, self._next, self._lacking = {}, 0, set()
+
+    def _listen(self) -> None:
+        """Hooks the gradients. Not before a pass overlaps: those of recorded passes are added together
+        (`accumulation`), which a gradient with a hook is not.
+        """
+        if self._listens or not self._buckets:
+            return
+        self._listens = True
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(self._computed)
 
     def _computed(self, parameter: Tensor) -> None:
         if id(parameter) in self._kept:  # computed once more, but its sum is there
