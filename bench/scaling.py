@@ -1,12 +1,13 @@
-"""Compares a job on one GPU with the same on two: `python -m bench.scaling OUT.json [--kinds "lora 8b"] [--steps 48]
-[--skip 10] [--models FOLDER]`.
+"""Compares a job on one GPU with the same on two: `python -m bench.scaling OUT.json [--kinds "lora 8b"] [--runs 3]
+[--steps 48] [--skip 10] [--models FOLDER]`.
 
 Weak scaling: each GPU has four rows of 1,900 to 1,906 tokens a step, however many there are. Strong scaling: all of
 them together have eight rows of a step, of the lengths of instruction data. One GPU's run is made on each of the two
 at once, and the mean of both counts: GPUs of one kind differ by a few percent, and two together are as fast as the
 slower one. Every run is the trainer's own process, as a worker preloads it. `all_steps` counts the seconds of every
 step, with the compilation of the first ones, and those in which passes are recorded before them; `steady` those after
-`--skip` steps. OUT.json is written after every kind. The checkpoints are random. Needs two GPUs.
+`--skip` steps. The medians of RUNS comparisons count. OUT.json is written after every comparison. The checkpoints are
+random. Needs two GPUs.
 """
 
 import argparse
@@ -59,6 +60,13 @@ def compare(ones: list[dict[str, Any]], two: dict[str, Any]) -> dict[str, Any]:
     return {"scaling": ratios} | found
 
 
+def median(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the medians of what comparisons found, of those in which no run failed, and all of them."""
+    whole = [each["scaling"] for each in found if "scaling" in each]
+    ratios = {name: statistics.median(each[name] for each in whole) for name in (whole[0] if whole else ())}
+    return {"scaling": ratios, "runs": found}
+
+
 def shown(name: str, found: dict[str, Any]) -> str:
     """Returns a kind's line of the table."""
     runs = [*found["ones"], found["two"]]
@@ -72,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--skip", type=int, default=10)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "models")
@@ -88,11 +97,13 @@ def main() -> None:
         work = replace(work, steps=a.steps, skip=a.skip)
         return measure(bases[kind.shape], work, preloaded=True, limit=LIMIT, gpus=gpus)
 
-    for name in kinds:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for name in list(kinds) * a.runs:
         with ThreadPoolExecutor(2) as pool:
             ones = list(pool.map(run, (name, name), ("0", "1")))
-        results[name] = compare(ones, run(name, "0,1"))
-        print(f"{time.monotonic() - began:.0f} s  {shown(name, results[name])}", flush=True)
+        found[name].append(compare(ones, run(name, "0,1")))
+        results[name] = median(found[name])
+        print(f"{time.monotonic() - began:.0f} s  {shown(name, found[name][-1])}", flush=True)
         a.out.write_text(json.dumps({**hardware(), "steps": a.steps, "skip": a.skip, "kinds": results}, indent=1))
 
 

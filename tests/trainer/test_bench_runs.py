@@ -256,6 +256,11 @@ def test_two_gpus_are_compared_with_the_mean_of_each_alone() -> None:
     found = scaling.compare([run(100), run(110)], run(210))
     assert found["scaling"] == {"all_steps": 2.105, "steady": 2.0}
     assert "[100, 110, 210] tokens/s" in scaling.shown("lora 1b", found)
+    whole = scaling.median(
+        [found, {"ones": [], "two": {"failed": "killed"}}, scaling.compare([run(100)] * 2, run(190))]
+    )
+    assert whole["scaling"] == {"all_steps": pytest.approx(2.0525), "steady": pytest.approx(1.95)}
+    assert len(whole["runs"]) == 3
     failed = scaling.compare([run(100), {"failed": "does_not_fit"}], run(210))
     assert scaling.shown("lora 1b", failed) == "lora 1b: failed ['does_not_fit']"
 
