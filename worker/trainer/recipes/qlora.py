@@ -12,6 +12,7 @@ from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision
 from worker.trainer.precision import dtype
 from worker.trainer.recipes import targets
+from worker.trainer.recipes.ahead import copied_ahead
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.recipe import Recipe
 
@@ -23,13 +24,14 @@ def load_quantised(folder: Path, precision: Precision, device: torch.device) -> 
     and the loss compute in fp32 anyway. Raises CannotQuantise.
     """
     _refuse_experts(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype(precision.dense),
-        quantization_config=BitsAndBytesConfig(**quantisation(precision)),
-        device_map={"": device},
-        trust_remote_code=False,
-    )
+    with copied_ahead(device):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype(precision.dense),
+            quantization_config=BitsAndBytesConfig(**quantisation(precision)),
+            device_map={"": device},
+            trust_remote_code=False,
+        )
     keep_one_packing(model)
     return cast(PreTrainedModel, model)
 
