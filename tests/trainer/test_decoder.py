@@ -23,6 +23,7 @@ from worker.trainer.decoding import decoder
 from worker.trainer.decoding import graphs as decode_graphs
 from worker.trainer.decoding.cache import Cache
 from worker.trainer.decoding.decoder import Decoder
+from worker.trainer.decoding.passes import Passes
 from worker.trainer.decoding.ties import tie
 from worker.trainer.kernels import attention, cached_attention, projections
 from worker.trainer.report import MessageWriter
@@ -133,9 +134,28 @@ def test_recorded_steps_answer_as_others_do(llama: Any, monkeypatch: pytest.Monk
     assert recorder.replayed > recorder.recorded
 
 
-def test_batches_with_room_for_the_same_prompts_share_what_is_recorded(
-    llama: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("own_keys", "kinds"), [(False, 5), (True, 3)])
+def test_steps_that_read_own_keys_are_recorded_a_few_times(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, own_keys: bool, kinds: int
 ) -> None:
+    monkeypatch.setattr(decoder, "REACH", {"cpu": 4})
+    monkeypatch.setattr(Passes, "reads_own_keys", own_keys)
+    recorder = OpRecorder()
+    made = Decoder(llama, (), 20, recorder=lambda: recorder)
+    with torch.no_grad():
+        made.prepare(PROMPTS[1], len(PROMPTS[1]))
+        assert recorder.recorded == kinds  # of 4, 8, 12, 16 and 20 positions behind the prompt, or of 4, 16 and all
+        [found] = made.answer([PROMPTS[1]])
+    assert recorder.recorded == kinds
+    with torch.no_grad():
+        assert Decoder(llama, (), 20).answer([PROMPTS[1]]) == [found]
+
+
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_batches_with_room_for_the_same_prompts_share_what_is_recorded(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, own_keys: bool
+) -> None:
+    monkeypatch.setattr(Passes, "reads_own_keys", own_keys)
     monkeypatch.setattr(decoder, "REACH", {"cpu": 16})
     wanted = [alone(llama, prompt) for prompt in PROMPTS]
     recorder = OpRecorder()

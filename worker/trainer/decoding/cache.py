@@ -47,6 +47,11 @@ class Cache:
         self._prefix = 0
 
     @property
+    def kinds(self) -> list[torch.Tensor]:
+        """Tensors like the keys of each layer, without any."""
+        return [keys for keys, _ in self._empty]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(part.nbytes for part in chain(self.keys, self.values))

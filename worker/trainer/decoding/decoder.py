@@ -27,6 +27,10 @@ UNREAD = {"cpu": 1, "cuda": 8}
 """Steps between two looks at the tokens, for which the host waits for the device."""
 REACH = {"cpu": 32, "cuda": 256}
 """Positions by which the part of the cache that steps read grows. Each part has a graph of its own."""
+_GROWTH = 4
+"""The factor by which that part grows instead where a step reads only what rows have: to read less saves nothing then,
+except that a part of few positions is cut into the right number of pieces.
+"""
 _ALIGNED = 8
 """Fast attention reads masks of such a multiple of positions without a copy."""
 _RECORDED = 16
@@ -140,9 +144,10 @@ class Decoder:
         self._cache.allocate(1, self._positions(longest))
         read = self._read([prompt])
         tokens, positions = read.argmax(dim=-1, keepdim=True), torch.full((1, 1), len(prompt), device=read.device)
-        end = min(self._limit, 2) if self._graphs is None else self._limit
-        for step in range(1, end, REACH[self._kind]):  # any token will do: each reach has a graph
+        step, end = 1, min(self._limit, 2) if self._graphs is None else self._limit
+        while step < end:  # any token will do: each reach has a graph
             logits = self._step(tokens, positions, longest, step)
+            step = self._reach(step) + 1
             if not self._is_verified:
                 self._verify([prompt], tokens, read, logits)
 
@@ -173,12 +178,21 @@ class Decoder:
 
     def _step(self, tokens: Tensor, positions: Tensor, longest: int, step: int) -> Tensor:
         """Returns the logits after each row's next token, the last position of which is `longest` + `step`."""
-        grown = -(-longest // _ALIGNED) * _ALIGNED + -(-step // REACH[self._kind]) * REACH[self._kind]
+        grown = -(-longest // _ALIGNED) * _ALIGNED + self._reach(step)
         work = partial(self._passes.step, reach=min(grown, self._positions(longest)))
         if self._graphs is None or self._graphs.is_broken:
             return work(tokens, positions)
         kind = len(tokens), work.keywords["reach"]
         return self._graphs.logits(self._cache.version, kind, (tokens, positions), work)
+
+    def _reach(self, step: int) -> int:
+        """Returns the positions behind the longest prompt that a step may read: few numbers."""
+        first = reach = REACH[self._kind]
+        if not self._passes.reads_own_keys:
+            return -(-step // first) * first
+        while reach < step:
+            reach *= _GROWTH
+        return reach
 
     def _shrink(self, answers: "_Answers", tokens: Tensor, positions: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Drops the rows that have ended, if these are half of the batch and `steps` are still to come."""

@@ -66,6 +66,11 @@ class Passes:
                 ids, positions, self._no_mask(positions), logits_to_keep=borders.ends[1:] - 1, borders=borders
             )[0]
 
+    @property
+    def reads_own_keys(self) -> bool:
+        """Whether a step reads what its rows have, and not all that they may reach."""
+        return is_plain(self._model) and all(cached_attention.available(keys, keys) for keys in self._cache.kinds)
+
     def _no_mask(self, positions: Tensor) -> Mapping[str, Tensor] | Tensor:
         """Returns masks for attention that does not read them: of four axes, so that transformers passes them on."""
         return self._each(lambda _: positions.new_zeros(1, 1, 1, 1))
