@@ -9,6 +9,7 @@ from adapted import CONFIGS
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench.streamed_base import Streamed
 from tunery.spec import Lora
 from worker.trainer import paths
 from worker.trainer.kernels import decoder, projections
@@ -194,3 +195,19 @@ def test_offloading_frees_the_inputs() -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before)
     one = 8 * 1024 * 512 * 2
     assert peaks[0] - peaks[1] > 7 * one
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weights_that_wait_on_the_host_give_the_same_gradients(count: int) -> None:
+    """What bench.streamed_base measures is the same work."""
+    model = model_of("llama", adapted=True)
+    wanted, recomputation = gradients(model), Recomputation(model)
+    streamed = Streamed(recomputation.layers[:count])
+    recomputation.of(3)
+    for _ in range(2):  # the first pass leaves layers in the buffers
+        found = gradients(model)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    recomputation.of(0)
+    streamed.undo()
+    found = gradients(model)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
