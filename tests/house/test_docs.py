@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,19 +13,22 @@ from urllib.parse import unquote
 import pytest
 import typer.main
 from known_models import LLAMA_8B
+from openai.types.fine_tuning import FineTuningJob
 from pydantic import BaseModel
 
 from api.errors import status_of
 from api.main import create_app
-from api.schemas.jobs import CreateJob
+from api.schemas.jobs import CreateJob, Job
 from tunery import errors
 from tunery.cli.main import app
 from tunery.failures import JobFailure
 from tunery.jobs.states import State, mermaid
-from tunery.planning import memory
+from tunery.planning import engines, memory
 from tunery.settings import Settings
 from tunery.spec import EarlyStopping, Full, Lora, Qlora, Replay
 
+UNTYPED = {"shared_with_openai", "usage_metrics", "user_provided_suffix"}
+"""Fields of OpenAI's job that the client's type lacks."""
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 OPENAI = {"model", "training_file", "validation_file", "method", "hyperparameters", "suffix", "seed", "metadata"}
 
@@ -74,11 +80,25 @@ def test_every_row_of_a_table_stands_below_a_head(pages: dict[Path, str]) -> Non
     assert lost == []
 
 
+def _without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def _headless_tables(text: str) -> list[str]:
     """Returns table rows that a renderer shows as text, such as those after a blank line inside a table."""
-    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    tables = re.findall(r"(?:^\|.*\n?)+", without_code, flags=re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\n?)+", _without_code(text), flags=re.MULTILINE)
     return [table for table in tables if not re.match(r".*\n\|[\s:|-]+\|$", table, flags=re.MULTILINE)]
+
+
+def test_lines_of_text_have_at_most_120_columns(pages: dict[Path, str], root: Path) -> None:
+    kept = {root / "changelog.d", root / "docs/decisions"}
+    texts = {path: _without_code(text) for path, text in pages.items() if path.parent not in kept}
+    long = [f"{path}: {line}" for path, text in texts.items() for line in text.splitlines() if _is_long(line)]
+    assert long == []
+
+
+def _is_long(line: str) -> bool:
+    return len(line) > 120 and not line.startswith(("|", "!"))
 
 
 def test_every_decision_is_listed(root: Path) -> None:
@@ -107,6 +127,23 @@ def test_pages_for_users_have_no_private_words(root: Path) -> None:
 
 def _private(text: str) -> list[str]:
     return [text[max(0, found.start() - 40) : found.end() + 40] for found in PRIVATE.finditer(text)]
+
+
+def test_every_example_is_listed(root: Path) -> None:
+    cells = [_ticked(row[0])[0] for row in _rows((root / "examples/README.md").read_text(), "Examples")]
+    listed = {cell.replace(braces, one) for cell in cells for braces, one in _alternatives(cell)}
+    assert listed | {"README.md"} == {path.name for path in (root / "examples").iterdir() if path.is_file()}
+
+
+def _alternatives(cell: str) -> list[tuple[str, str]]:
+    """Returns a shell's braces in the cell with each of their alternatives; one pair of blanks if it has none."""
+    found = re.search(r"{(.*)}", cell)
+    return [(found[0], one) for one in found[1].split(",")] if found else [(" ", " ")]
+
+
+def test_ranks_that_vllm_accepts_are_listed(root: Path) -> None:
+    (listed,) = re.findall(r"vLLM accepts ([\d,\s]+)\)", _page(root, "models.md"))
+    assert tuple(map(int, listed.split(","))) == engines.VLLM_RANKS
 
 
 # --- jobs.md --------------------------------------------------------------------------------------------------------
@@ -160,6 +197,12 @@ def test_native_fields_are_listed_with_their_defaults(root: Path) -> None:
 def test_openai_s_fields_are_listed(root: Path) -> None:
     rows = _rows(_page(root, "api.md"), "Create: OpenAI's fields")
     assert {_ticked(row[0])[0] for row in rows} == OPENAI | {"integrations"}
+
+
+def test_native_fields_of_a_job_are_listed(root: Path) -> None:
+    rows = _rows(_page(root, "api.md"), "The job's answer")
+    own = set(Job.model_fields) - set(CreateJob.model_fields) - set(FineTuningJob.model_fields) - UNTYPED
+    assert {_ticked(row[0])[0] for row in rows} - set(CreateJob.model_fields) == own
 
 
 def _classes(kind: type[errors.TuneryError]) -> set[type[errors.TuneryError]]:
@@ -290,6 +333,14 @@ def test_python_in_the_docs_compiles(pages: dict[Path, str]) -> None:
         compile(code, str(path), "exec")
 
 
+def test_python_on_a_page_defines_its_names_in_order(pages: dict[Path, str]) -> None:
+    for path, text in pages.items():
+        code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821", "--output-format=concise", "-"]
+        checked = subprocess.run(command, input=code, capture_output=True, text=True)
+        assert checked.returncode == 0, f"{path}: {checked.stdout}{checked.stderr}"
+
+
 def test_json_in_the_docs_is_json(pages: dict[Path, str]) -> None:
     for text in pages.values():
         for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL):
@@ -299,6 +350,20 @@ def test_json_in_the_docs_is_json(pages: dict[Path, str]) -> None:
 def test_requests_in_the_docs_are_ones_that_the_api_takes(root: Path) -> None:
     for block in re.findall(r"```json\n(.*?)```", _page(root, "techniques.md"), re.DOTALL):
         CreateJob.model_validate({"model": "m", "training_file": "f", **json.loads(block)})
+
+
+def _commands(group: Any, before: str) -> Iterator[tuple[str, str]]:
+    """Yields each command that `--help` shows, with its description."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before} {name}")
+        elif not command.hidden:
+            yield f"{before} {name}", " ".join(command.help.split())
+
+
+def test_every_command_is_listed_with_its_description(root: Path) -> None:
+    listed = re.findall(r"^\| `(tunery [^`]+)` \| (.*) \|$", _page(root, "command.md"), flags=re.MULTILINE)
+    assert listed == list(_commands(typer.main.get_command(app), "tunery"))
 
 
 def _command(words: list[str]) -> tuple[Any, list[str]]:
