@@ -205,6 +205,7 @@ def test_advice_ends_in_the_numbers(team: Team, base: str, database: Database, t
     assert [row["shots"] for row in found["table"]] == [0, 4]
     page = team.http.get(f"/v1/files/{body['file']}/advice.html", params={k: v for k, v in body.items() if k != "file"})
     assert "97.0 %" in page.text
+    assert "<h2>Serving it on T4</h2>" in page.text
     assert "<li>Merged: " in page.text
     assert (
         team.http.post("/v1/fine_tuning/advice", json={**body, "baseline": None}).json()["advice"]["recommendation"]

@@ -84,6 +84,15 @@ def test_every_figure_is_drawn_the_tasks_own_first(database: Database, team: Tea
     assert "Gate: failed, the model is withheld" in texts
 
 
+def test_the_longest_change_ends_inside_the_picture(database: Database, team: Team, job: str) -> None:
+    worst = {"tuned_exact": 0.0, "base_exact": 1.0, "gain": -1.0, "gain_low": -1.0, "gain_high": -1.0}
+    picture = _draw(database, team, job, scorecard=OLD | worst)
+    (change,) = [one for one in picture.iter("{http://www.w3.org/2000/svg}text") if " points (" in one.text]
+    assert change.text == "-100.0 points (-100.0 to -100.0)"
+    widest = 0.6 * float(picture.get("font-size")) * len(change.text)  # as in DejaVu Sans, whose letters are wide
+    assert float(change.get("x")) + widest <= float(picture.get("width")) - 8
+
+
 def test_a_job_without_a_scorecard_has_no_picture(team: Team, job: str) -> None:
     answer = team.http.get(f"/v1/fine_tuning/jobs/{job}/scorecard.svg")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")

@@ -90,6 +90,8 @@ def judged(folder: Path, base: Path, ear: Ear, **changes: Any) -> Any:
     readme = (folder / "out" / "README.md").read_text()
     assert f"**{verdict.status}**: the model is {'withheld' if verdict.withheld else 'published'}" in readme
     assert "| general ability, " in readme
+    rate = f"learning rate {made['learning_rate']:.2e}"
+    assert f"Settings: technique full, method supervised, epochs 3, batch size 4, {rate}, seed " in readme
     return verdict
 
 

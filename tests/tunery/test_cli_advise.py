@@ -92,7 +92,8 @@ def test_an_uploaded_file(tunery: Run, api: str, database: Database, tmp_path: P
     status, out, err = tunery("advise", file_id, "--aim", "style", "-m", base)
     assert (status, out.startswith("Write a prompt first; do not fine-tune yet.")) == (0, True), err
     assert "1 of 12 rows are usable." in out
-    assert re.search(r"Serving it:\nmerged +[\d,]+ to [\d,]+ tokens/s, [\d. to]+ USD per million", out)
+    assert re.search(r"Serving it on T4:\nmerged +[\d,]+ to [\d,]+ tokens/s, [\d. to]+ USD per million tokens", out)
+    assert f"tunery jobs create -m {base} --train {file_id} " in out
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,8 @@ def test_the_commands(tunery: Run, path: Path, tmp_path: Path) -> None:
     shown = re.findall(r"(\d[\d, ]*) (?:The rows are|Contains|Invalid file)", said)
     assert shown == [f"{INVALID}", f"{MAIL}", "2, 7"]
     assert "counted by rows" not in said
-    for lines in (f"{INVALID}", f"{MAIL}", "2, 7", f"{EMPTY}"):
-        assert f'<span class="at">line {lines}</span>' in page.read_text()
+    for lines in (f"line {INVALID}", f"line {MAIL}", "lines 2, 7", f"line {EMPTY}"):
+        assert f'<span class="at">{lines}</span>' in page.read_text()
     assert f"one does on line {WITH_BREAKS}" in said_by(
         tunery("files", "clean", path, "--drop-line", NEXT_LINE, "-o", target)
     )

@@ -108,7 +108,7 @@ def test_adapters_that_were_measured_are_no_quote_of_a_full_fine_tune() -> None:
 
 def test_a_quote_in_words_says_speed_price_and_where_they_are_from() -> None:
     found = dict(serving_quote.in_words(of_rates(rate("adapter"))))
-    assert found["adapter"] == "100 tokens/s, 10 USD per million, measured"
+    assert found["adapter"] == "100 tokens/s, 10 USD per million tokens, measured"
     assert list(found) == ["merged", "adapter", "20 models, merged", "20 models, adapters"]
     assert found["20 models, merged"].endswith("by the card's rates")
     assert "tokens/s, on 2 GPUs, " in found["20 models, merged"]

@@ -87,7 +87,9 @@ def advise(
     else:
         if found.rows:
             print_table(found.rows, found.currency)
-        print_advice(found.advice, Path(file).name, found.serving, columns)
+        print_advice(found.advice, Path(file).name, found.serving)
+        on_server = file.startswith(ids.FILE) and model
+        _print_command(found.advice, model if on_server else "MODEL", file, columns)
 
 
 def _here(path: Path, aim: Any, model: str | None, valid: str | None, columns: Columns | None) -> Advice:
@@ -138,7 +140,7 @@ def _there(api: ApiClient, **asked: Any) -> _Answer:
     return _Answer(Advice.model_validate(found["advice"]), rows, found["currency"], serving)
 
 
-def print_advice(made: Advice, name: str, serving: ServingQuote | None = None, columns: str | None = None) -> None:
+def print_advice(made: Advice, name: str, serving: ServingQuote | None = None) -> None:
     """Prints the headline, the reasons, the settings with their reasons, and the warnings."""
     output.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
@@ -148,15 +150,20 @@ def print_advice(made: Advice, name: str, serving: ServingQuote | None = None, c
     output.console.print(Text("\nIf you fine-tune:", style="bold"))
     _print_settings(made)
     output.fields(fitting.in_words(made.cards))
-    if ways := serving_quote.in_words(serving):
-        output.console.print(Text("\nServing it:", style="bold"))
+    if serving is not None and (ways := serving_quote.in_words(serving)):
+        output.console.print(Text(f"\n{serving_quote.heading(serving)}:", style="bold"))
         output.fields(ways)
     for warning in made.warnings:
         _print_point("!", warning, style="yellow")
-    flags = " ".join(f"--set {field}={value}" for field, value in _leaves(made.settings))
-    flags = f"{flags} --columns {quote(columns)}" if columns else flags
+
+
+def _print_command(made: Advice, model: str, file: str, columns: str | None) -> None:
+    """Prints the command that creates the job. MODEL: a local file's folder is no name of a model on a server."""
+    settings = [f"--set {field}={value}" for field, value in _leaves(made.settings)]
+    mapped = [f"--columns {quote(columns)}"] if columns else []
+    words = ["tunery jobs create", f"-m {quote(model)}", f"--train {quote(file)}", *settings, *mapped]
     output.console.print()
-    output.console.print(Text(f"tunery jobs create -m MODEL --train FILE {flags}", style="dim"), soft_wrap=True)
+    output.console.print(Text(" ".join(words), style="dim"), soft_wrap=True)
 
 
 def _print_point(sign: str, text: str, style: str = "") -> None:

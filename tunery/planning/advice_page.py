@@ -40,6 +40,7 @@ def render(
         measured=measured,
         currency=currency,
         serving=serving_quote.in_words(serving),
+        served_on=serving and serving_quote.heading(serving),
         state=state or {"status": "ready", "progress": 1.0, "error": None},
     )
 

@@ -163,6 +163,11 @@ def _served(tokens_per_second: float, gpus: int, price: float | None, *, reached
     return Served(tokens_per_second=rounded, gpus=gpus, price_per_million_tokens=costs)
 
 
+def heading(quote: ServingQuote) -> str:
+    """Returns the heading of `in_words`: on which device, as it may be none of this installation."""
+    return f"Serving it on {quote.device}"
+
+
 def in_words(quote: ServingQuote | None) -> list[tuple[str, str]]:
     """Returns each way to serve with its speed and price, on a line each; none without a quote."""
     if quote is None:
@@ -182,7 +187,7 @@ def _in_words(way: Served, currency: str) -> str:
     if way.gpus > 1:
         parts.append(f"on {way.gpus} GPUs")
     if way.price_per_million_tokens is not None:
-        parts.append(f"{_span(way.price_per_million_tokens, say_digits)} {currency} per million")
+        parts.append(f"{_span(way.price_per_million_tokens, say_digits)} {currency} per million tokens")
     parts.append("measured" if way.basis == "measured" else "by the card's rates")
     return ", ".join(parts)
 

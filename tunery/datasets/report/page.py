@@ -73,6 +73,7 @@ def _sections(findings: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
         best = sorted(found, key=lambda finding: -finding["score"])[:_SHOWN]
         shown = [
             {
+                "rows": "line" if len(finding["lines"]) == 1 else "lines",
                 "lines": places(finding["lines"], _LINES),
                 "against": places(finding.get("against") or (), _LINES),
                 "why": finding["why"],

@@ -9,14 +9,13 @@ from tunery.planning import engines
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
-from tunery.spec import Lora
+from tunery.spec import Lora, Plan
 from worker.trainer import model_card
 from worker.trainer.training import Training
 
 _USER, _ANSWER, _SYSTEM = "Tq1u", "Tq2a", "Tq3s"
 """Marker texts that no template contains."""
 _FOLDER = "tuned"
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,18 @@ def write(t: Training, artifact: Path) -> None:
 def _readme(t: Training, artifact: Path) -> str:
     content = t.run.facts.get("base_manifest_sha256")
     trained = f"Trained from `{t.run.base_model}`" + (f" (manifest sha256 `{content}`)." if content else ".")
-    return "\n\n".join([f"# {t.run.job}", trained, *_use(t, artifact), *model_card.sections(artifact)]) + "\n"
+    parts = [f"# {t.run.job}", trained, _settings(t.plan), *_use(t, artifact), *model_card.sections(artifact)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(plan: Plan) -> str:
+    technique = plan.technique
+    rank = f", r {technique.r}, alpha {technique.alpha:g}" if isinstance(technique, Lora) else ""
+    return (
+        f"Settings: technique {technique.type}{rank}, method {plan.method.type}, epochs {plan.n_epochs}, batch size "
+        f"{plan.batch_size}, learning rate {plan.learning_rate:.2e}, seed {plan.seed}. `training_config.json` has all "
+        "of them, the versions, and the sha256 of the files."
+    )
 
 
 def _use(t: Training, artifact: Path) -> Iterator[str]:
