@@ -15,8 +15,8 @@ from typing import Any
 
 from bench import task_runs
 from bench.task_runs import Point, Work
+from tunery import digests
 from tunery.spec import Lora, Replay
-from worker.trainer import folders
 
 SHARES = (None, 0.03, 0.1)
 FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -79,7 +79,7 @@ def host(base: Path, folder: Path) -> Path:
         for file in files:
             (here / file.name).unlink(missing_ok=True)
             (here / file.name).symlink_to(file.resolve())
-        (here / "manifest.json").write_text(json.dumps({file.name: folders.sha256(file) for file in files}))
+        (here / "manifest.json").write_text(json.dumps({file.name: digests.sha256(file) for file in files}))
     return here
 
 

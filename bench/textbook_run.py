@@ -31,6 +31,7 @@ from bench import make_model
 from bench.job_speed import DeviceMemory, Trainer, await_imports
 from bench.train_rows import TEMPLATE_TOKENS, lengths
 from bench.train_side_by_side import hardware
+from tunery import digests
 from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.datasets.model import File
@@ -84,7 +85,7 @@ class Host:
         models.mkdir(parents=True)
         config = folder / "config.json"
         listed = Manifest(
-            files=(ManifestFile(path=config.name, bytes=config.stat().st_size, sha256=manifest.digest(config)),)
+            files=(ManifestFile(path=config.name, bytes=config.stat().st_size, sha256=digests.sha256(config)),)
         )
         (folder / manifest.NAME).write_bytes(listed.encode())
         (models / listed.sha256).symlink_to(folder.resolve())

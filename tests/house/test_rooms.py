@@ -61,9 +61,10 @@ def test_every_part_of_the_workers_stands_behind_the_web_wall(root: Path, walls:
     assert parts - {"worker.server"} == _names(walls, "no-web", "source_modules") - {"tunery"}
 
 
-def test_trainer_knows_nine_parts_of_the_floor(root: Path, walls: configparser.ConfigParser) -> None:
+def test_trainer_knows_ten_parts_of_the_floor(root: Path, walls: configparser.ConfigParser) -> None:
     parts = {f"tunery.{name}" for name in _children(root / "tunery")}
     known = [
+        "digests",
         "errors",
         "failures",
         "field_reasons",

@@ -17,7 +17,7 @@ from openai import OpenAI
 from safetensors.torch import load_file, save_file
 from served import serving
 
-from tunery import processes
+from tunery import digests, processes
 from tunery.artifacts import manifest
 from tunery.serving import Rates
 from tunery.storage import Directory
@@ -237,8 +237,8 @@ def test_adapter_that_has_changed_on_the_host_is_fetched_again(
 def test_adapter_is_hashed_once(ask: Any, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is downloaded; what a server finds on its host it hashes too."""
     hashed: list[Path] = []
-    digest = manifest.digest
-    monkeypatch.setattr(manifest, "digest", lambda path: (hashed.append(path), digest(path))[1])  # type: ignore[func-returns-value]
+    sha256 = digests.sha256
+    monkeypatch.setattr(digests, "sha256", lambda path: (hashed.append(path), sha256(path))[1])  # type: ignore[func-returns-value]
     wanted = text(ask("a"))
     assert not hashed
     with serving(Engine(shop.root / "models", shop.storage)) as port, client_of(port) as client:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tunery import digests
 from tunery.storage import Check, Storage, check_key
 from tunery.storage.errors import ChecksumMismatch
 
@@ -55,16 +56,10 @@ class Manifest(BaseModel):
         return sum(file.bytes for file in self.files)
 
 
-def digest(path: Path) -> str:
-    """Returns a file's sha256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def describe(folder: Path) -> Manifest:
     """Returns a folder's manifest, without hidden files and a top-level manifest.json. Reads every byte."""
     files = (
-        ManifestFile(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=digest(path))
+        ManifestFile(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=digests.sha256(path))
         for path in _files(folder)
     )
     return Manifest(files=tuple(sorted(files, key=lambda file: file.path)))
@@ -129,7 +124,7 @@ def fetch(storage: Storage, prefix: str, manifest: Manifest, folder: Path, check
 
 
 def _fetch_file(storage: Storage, prefix: str, file: ManifestFile, path: Path, check: Check) -> None:
-    if path.is_file() and path.stat().st_size == file.bytes and digest(path) == file.sha256:
+    if path.is_file() and path.stat().st_size == file.bytes and digests.sha256(path) == file.sha256:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.fetch(f"{prefix}/{file.path}", path, file.sha256, check)

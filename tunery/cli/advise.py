@@ -24,11 +24,11 @@ from tunery.planning import advice_page, advisor, fitting, serving_quote
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import HEADLINES, Aim, Choice
 from tunery.planning.serving_quote import ServingQuote
+from tunery.rows import readers
 from tunery.rows.errors import CannotRender
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Columns, named_columns
 
-_POLL_SECONDS = 1.0
 _COLOURS: dict[Choice, str] = {"prompt": "yellow", "evaluate_both": "cyan", "fine_tune": "green", "retrieval": "red"}
 
 
@@ -88,8 +88,7 @@ def advise(
         if found.rows:
             print_table(found.rows, found.currency)
         print_advice(found.advice, Path(file).name, found.serving)
-        on_server = file.startswith(ids.FILE) and model
-        _print_command(found.advice, model if on_server else "MODEL", file, columns)
+        _print_command(found.advice, "MODEL" if Path(file).is_file() else str(model), file, columns)
 
 
 def _here(path: Path, aim: Any, model: str | None, valid: str | None, columns: Columns | None) -> Advice:
@@ -106,8 +105,7 @@ def _rate(path: Path, folder: Path, columns: Columns | None) -> float | None:
         template = ChatTemplate.load(folder)
     except CannotRender:
         return None
-    with path.open("rb") as file:
-        return token_rate.measure(iter(lambda: file.read(2**16), b""), template, named_columns(columns))
+    return token_rate.measure(readers.chunks_of(path), template, named_columns(columns))
 
 
 def _model_info(folder: Path) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def _there(api: ApiClient, **asked: Any) -> _Answer:
     with output.waiting("waiting for the report") as status:
         while (found := api.call("POST", "/fine_tuning/advice", json=body))["status"] in ("queued", "running"):
             status.update(f"{found['status']}: {found['progress']:.0%}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(report.POLL_SECONDS)
     if found["advice"] is None:
         raise Refused(message=found["error"])
     rows = [Row.model_validate(row) for row in found["table"]]

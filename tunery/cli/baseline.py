@@ -14,10 +14,10 @@ from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
+from tunery.cli.report import POLL_SECONDS
 from tunery.spec import named_columns
 
 ROOT = "/fine_tuning/baselines"
-_POLL_SECONDS = 1.0
 _COLOURS = {"met": "green", "maybe": "yellow", "no": "red"}
 
 
@@ -128,7 +128,7 @@ def _wait(api: ApiClient, baseline_id: str) -> dict[str, Any]:
     with output.waiting("waiting for a worker") as status:
         while (found := api.call("GET", f"{ROOT}/{baseline_id}"))["status"] in ("queued", "running"):
             status.update(f"{baseline_id}: {found['status']} {found['progress']:.0%}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     return found
 
 

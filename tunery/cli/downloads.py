@@ -7,11 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from tunery import digests
 from tunery.cli.client import ApiClient, Refused
-
-BASE = "base"
-"""The folder of an adapter's base, inside that of the adapter."""
-_ADAPTER = "adapter_config.json"
+from tunery.planning import engines
 
 
 def fetch(api: ApiClient, owner: str, files: list[dict[str, Any]], folder: Path) -> Iterator[tuple[str, int]]:
@@ -24,9 +22,13 @@ def fetch(api: ApiClient, owner: str, files: list[dict[str, Any]], folder: Path)
         if relative.is_absolute() or ".." in relative.parts:
             raise Refused(message=f"The server listed a file outside the folder: {file['path']}")
         target = folder / relative
-        if not (target.is_file() and target.stat().st_size == file["bytes"] and _digest(target) == file["sha256"]):
+        if not _is_there(target, file):
             _fetch(api, f"{owner}/artifacts/{quote(file['path'])}", target, file)
         yield file["path"], file["bytes"]
+
+
+def _is_there(target: Path, file: dict[str, Any]) -> bool:
+    return target.is_file() and target.stat().st_size == file["bytes"] and digests.sha256(target) == file["sha256"]
 
 
 def _fetch(api: ApiClient, route: str, target: Path, file: dict[str, Any]) -> None:
@@ -46,11 +48,6 @@ def _fetch(api: ApiClient, route: str, target: Path, file: dict[str, Any]) -> No
     unfinished.rename(target)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def model_route(model: str) -> str:
     return f"/models/{quote(model, safe=':')}"
 
@@ -65,7 +62,7 @@ def model_files(api: ApiClient, model: str) -> list[dict[str, Any]]:
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER).is_file()
+    return (folder / engines.ADAPTER).is_file()
 
 
 def point_at_base(folder: Path, base: Path) -> Path:
@@ -73,7 +70,7 @@ def point_at_base(folder: Path, base: Path) -> Path:
 
     PEFT loads an adapter's base from there. Absolute, as PEFT would look for a relative path in the working directory.
     """
-    path = folder / _ADAPTER
+    path = folder / engines.ADAPTER
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(base.resolve())
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")

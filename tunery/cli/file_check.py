@@ -1,6 +1,5 @@
 """What `tunery files check` prints of a file, as the job's validation would judge it without a model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast, get_args
 
@@ -9,6 +8,7 @@ import typer
 from tunery.cli import output
 from tunery.datasets.report import verdict
 from tunery.datasets.report.verdict import Verdict
+from tunery.rows import readers
 from tunery.rows.messages import FileRole
 from tunery.spec import Columns, named_columns
 
@@ -17,7 +17,7 @@ def judge(path: Path, role: str, columns: Columns | None = None) -> Verdict:
     """Returns what a file holds, and whether a job could take it."""
     if role not in get_args(FileRole):
         raise typer.BadParameter(f"--role {role}: use {', '.join(get_args(FileRole))}.")
-    return verdict.judge(lambda: _chunks(path), role=cast(FileRole, role), columns=named_columns(columns))
+    return verdict.judge(lambda: readers.chunks_of(path), role=cast(FileRole, role), columns=named_columns(columns))
 
 
 def print_verdict(path: Path, found: Verdict) -> None:
@@ -29,9 +29,3 @@ def print_verdict(path: Path, found: Verdict) -> None:
     output.console.print(said, soft_wrap=True)
     for warning in found.warnings:
         output.errors.print(f"{path}: {warning}", soft_wrap=True)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            yield chunk

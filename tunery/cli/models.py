@@ -13,6 +13,7 @@ from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import AsJson, ColumnNames, Yes, connect, delete_each, parse_columns
 from tunery.local.terminal import size
 from tunery.models.errors import ModelWithheld
+from tunery.planning import engines
 from tunery.spec import Columns, named_columns
 
 app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
@@ -169,7 +170,7 @@ def bring_base(api: ApiClient, base: str | None, folder: Path) -> None:
     if base is None or not downloads.is_adapter(folder):
         output.note("It is a whole model, which needs no base.")
         return
-    there = folder / downloads.BASE
+    there = folder / engines.BASE
     bring(api, downloads.model_route(base), downloads.model_files(api, base), there)
     output.done(f"{downloads.point_at_base(folder, there)} names {there} as its base")
 

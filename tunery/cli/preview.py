@@ -1,6 +1,5 @@
 """`tunery files preview`: each token of a file's first rows, trained, masked or cut."""
 
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from tunery.cli import output
 from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import parse_columns
 from tunery.failures import JobFailure
-from tunery.rows import preview, preview_page
+from tunery.rows import preview, preview_page, readers
 from tunery.rows.encoding import encoder_of_any
 from tunery.rows.errors import CannotRender
 from tunery.rows.preview_model import Preview, PreviewRow, Sequence, State
@@ -29,7 +28,7 @@ def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn,
     try:
         template = ChatTemplate.load(base)
         return preview.make(
-            _chunks(path), template, encoder, model=base.resolve().name, rows=rows, max_tokens=max_tokens
+            readers.chunks_of(path), template, encoder, model=base.resolve().name, rows=rows, max_tokens=max_tokens
         )
     except (JobFailure, CannotRender) as error:
         raise Refused(message=f"{path}: {error.fields.get('reason') or error.message}") from error
@@ -76,9 +75,3 @@ def _tokens(sequence: Sequence) -> Text:
     if sequence.omitted:
         shown.append(f" … and {sequence.omitted:,} more tokens")
     return shown
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            yield chunk

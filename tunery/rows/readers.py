@@ -4,6 +4,7 @@ A new format is an entry of FORMATS.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from tunery.rows import compression
 from tunery.rows.compression import Expander
@@ -97,6 +98,13 @@ class Reader:
         head, self._head = bytes(self._head), bytearray()
         yield from self._parser.feed(head[:HEAD_BYTES])
         yield from self._parser.feed(head[HEAD_BYTES:])
+
+
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """Yields a file's bytes, in chunks of 1 MiB."""
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            yield chunk
 
 
 def read(chunks: Iterable[bytes]) -> Iterator[SourceRow]:

@@ -45,7 +45,7 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
     log.info("converting %s from %s", model_id, source)
 
     def fail(error: Exception) -> None:
-        _settle_error(model_id, f"It could not be published: {error}")
+        settle_error(model_id, f"It could not be published: {error}")
 
     # In models_dir, so that the result is renamed into place and not copied.
     with programs.workplace(settings.models_dir, "converting", model_id, fail) as folder:
@@ -57,7 +57,7 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
         if reason is None:
             _publish(model_id, prefix, folder / "out", settings, storage)
         else:
-            _settle_error(model_id, reason)
+            settle_error(model_id, reason)
 
 
 def _arguments(source: str, folder: Path, template: str | None) -> list[str]:
@@ -96,7 +96,8 @@ def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage:
     log.info("%s is ready", model_id)
 
 
-def _settle_error(model_id: str, reason: str) -> None:
+def settle_error(model_id: str, reason: str) -> None:
+    """Marks a model that is still being processed as unusable."""
     log.warning("%s cannot be used: %s", model_id, reason)
     with db.transaction() as session:
         model = session.get_one(Model, model_id, with_for_update=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
-from tunery.models import imports, registry
+from tunery.models import imports
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.spec import ImportOrder, Lora, Qlora
 from tunery.storage import Storage
-from worker.io import programs
+from worker.io import conversion, programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
 from worker.supervisor.staging import base_folder
@@ -33,7 +33,7 @@ def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
     log.info("importing %s", model_id)
 
     def fail(error: Exception) -> None:
-        _settle_error(model_id, f"It could not be imported: {error}")
+        conversion.settle_error(model_id, f"It could not be imported: {error}")
 
     with programs.workplace(settings.models_dir, "importing", model_id, fail) as folder:
         prefix = _lay_out(model_id, folder, settings, storage)
@@ -43,7 +43,7 @@ def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         if reason is None:
             _publish(model_id, prefix, folder, storage)
         else:
-            _settle_error(model_id, reason)
+            conversion.settle_error(model_id, reason)
         storage.delete(imports.archive_key(prefix))
 
 
@@ -75,11 +75,3 @@ def _publish(model_id: str, prefix: str, folder: Path, storage: Storage) -> None
             imports.set_ready(session, model, manifest=described, sha256=sha256, technique=technique)
             artifacts.record(session, model, listed)
     log.info("%s is ready", model_id)
-
-
-def _settle_error(model_id: str, reason: str) -> None:
-    log.warning("%s cannot be used: %s", model_id, reason)
-    with db.transaction() as session:
-        model = session.get_one(Model, model_id, with_for_update=True)
-        if model.status == "processing":
-            registry.set_error(session, model, reason)

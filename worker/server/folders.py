@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from tunery import digests
 from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest
 from tunery.serving import Files
@@ -40,7 +41,7 @@ def is_intact(folder: Path) -> bool:
     """Whether an adapter's weights are those of its manifest."""
     listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
     wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)
-    return (folder / WEIGHTS).is_file() and manifest.digest(folder / WEIGHTS) == wanted
+    return (folder / WEIGHTS).is_file() and digests.sha256(folder / WEIGHTS) == wanted
 
 
 def fetch_again(models_dir: Path, storage: Storage, files: Files) -> Path:

@@ -18,8 +18,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tunery import digests
 from tunery.rows import template_files
-from worker.trainer import coverage, fingerprint, folders, hardware, paths, pieces, reference, report, whole_folders
+from worker.trainer import coverage, fingerprint, hardware, paths, pieces, reference, report, whole_folders
 from worker.trainer.recipes import recipe
 from worker.trainer.replay import kept
 from worker.trainer.stepper import Stepper
@@ -97,7 +98,7 @@ def _write_snapshot(
         "optimizer": numbers,
         "memory": [memory for memory, _ in ranks],
         "cut_over": t.ranks.count if t.shards is not None else 1,
-        "sha256": {path.name: folders.sha256(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: digests.sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -144,7 +145,7 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(path: Path, digest: str) -> bool:
-    return path.exists() and folders.sha256(path) == digest
+    return path.exists() and digests.sha256(path) == digest
 
 
 def restore(t: Training, folder: Path) -> Progress:

@@ -1,6 +1,5 @@
 """Checks links in a folder that becomes a base, and computes files' digests."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -28,9 +27,3 @@ def refuse_links_out(source: str) -> None:
 def _blobs(folder: Path) -> list[Path]:
     repository = folder.parents[1] if folder.parent.name == "snapshots" else None
     return [repository / "blobs"] if repository is not None and repository.name.startswith("models--") else []
-
-
-def sha256(path: Path) -> str:
-    """Returns a file's digest in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

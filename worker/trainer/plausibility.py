@@ -28,7 +28,6 @@ from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 from worker.trainer.answer_ends import AnswerEnds
 
-_CHUNK = 2**20
 _BATCH = 1024
 """Tokens of a batch, including padding."""
 _NO_QUESTION = "Write something."
@@ -59,12 +58,11 @@ def _examples(path: Path, most: int, columns: Mapping[str, str]) -> list[tuple[i
     """Returns at most `most` rows that a job would accept, in random order."""
     shape = FileShape(columns)
     found: list[tuple[int, Example]] = []
-    with path.open("rb") as file:
-        for source in readers.read(iter(lambda: file.read(_CHUNK), b"")):
-            try:
-                found.append((source.number, CHATS_OR_PAIRS.parse(source._replace(shape=shape), "training")))
-            except InvalidTrainingFile:  # the report says so
-                continue
+    for source in readers.read(readers.chunks_of(path)):
+        try:
+            found.append((source.number, CHATS_OR_PAIRS.parse(source._replace(shape=shape), "training")))
+        except InvalidTrainingFile:  # the report says so
+            continue
     return random.Random(0).sample(found, min(most, len(found)))  # noqa: S311 (draws rows to read)
 
 

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from tunery import processes
+from tunery import digests, processes
 from tunery.rows import bulk, fingerprint
 from tunery.rows.encoding import RowEncoder
 from tunery.rows.messages import FileRole
@@ -48,8 +48,7 @@ Prepared = tuple[Store, Lines, Lines]
 
 def key(path: Path, template: ChatTemplate, encoder: RowEncoder, role: FileRole, max_length: int) -> str | None:
     """Returns the name of a file's entry; None if it also depends on a plug-in's code or the clock."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = digests.sha256(path)
     found = fingerprint.of_rows(sha256, bulk.Reading(role, encoder, template, max_length), blocks)
     return found and f"{sha256}-{found}"
 

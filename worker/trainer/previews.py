@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tunery.rows import preview, preview_page
+from tunery.rows import preview, preview_page, readers
 from tunery.rows.encoding import find_encoder
 from tunery.rows.preview_model import Check, Preview, Sequence
 from worker.trainer.data import Row
@@ -11,7 +11,6 @@ from worker.trainer.training import Training
 _ROWS = 10
 _COMPARED = 1000
 """How many of the run's first rows, in file order, are compared: more than are shown."""
-_CHUNK_BYTES = 2**20
 
 
 def write(t: Training, out: Path) -> None:
@@ -23,15 +22,14 @@ def write(t: Training, out: Path) -> None:
 
 def make(t: Training) -> Preview:
     """Returns the training file's preview, with one more check: tokens and labels match the run's rows."""
-    with (t.folder / "data" / "train.jsonl").open("rb") as file:
-        made = preview.make(
-            iter(lambda: file.read(_CHUNK_BYTES), b""),
-            t.template,
-            find_encoder(t.plan.method, "training", t.plan.columns, t.plan.cut_answers),
-            model=t.run.base_model,
-            rows=_ROWS,
-            max_tokens=t.plan.max_seq_length,
-        )
+    made = preview.make(
+        readers.chunks_of(t.folder / "data" / "train.jsonl"),
+        t.template,
+        find_encoder(t.plan.method, "training", t.plan.columns, t.plan.cut_answers),
+        model=t.run.base_model,
+        rows=_ROWS,
+        max_tokens=t.plan.max_seq_length,
+    )
     trained = {_of_row(row) for row in t.rows.rows[:_COMPARED]}
     return _compared(made, trained, leaves_out=t.plan.cut_answers != "keep")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+from tunery import digests
 from tunery.datasets.cleaning import lines, plan, splits
 from tunery.datasets.cleaning.lines import Line
 from tunery.datasets.cleaning.order import INVALID, Cleaning, check_other
@@ -15,8 +16,9 @@ from tunery.datasets.errors import NothingLeft
 from tunery.datasets.report import benchmark, length, maker, tokens
 from tunery.datasets.report.case import Ask, Finding
 from tunery.datasets.report.elsewhere import Other
-from tunery.datasets.report.rows import chunks, has_columns, read, read_other
+from tunery.datasets.report.rows import has_columns, read, read_other
 from tunery.errors import InvalidValue
+from tunery.rows import readers
 from tunery.spec import named_columns
 
 
@@ -79,9 +81,9 @@ def clean(
     `ask`: as in a report, where that is None. Raises InvalidValue, InvalidRows, NothingToCompare, CannotHoldOut,
     NothingLeft; a partly written file is then left behind.
     """
-    digest = _sha256(source)
+    digest = digests.sha256(source)
     if against is not None:
-        check_other(digest, _sha256(against))
+        check_other(digest, digests.sha256(against))
     order.check(
         compared=against is not None,
         measured=_has_template(base),
@@ -146,7 +148,7 @@ def _plan(
 def _measure(source: Path, base: Path, order: Cleaning) -> list[Finding]:
     """Finds the rows in which the base's tokenizer and template leave nothing, or only part of an answer, to learn."""
     lengths = tokens.Lengths(base, order.max_tokens)
-    lengths.measure(chunks(source), maker.MOST, named_columns(order.columns))
+    lengths.measure(readers.chunks_of(source), maker.MOST, named_columns(order.columns))
     return lengths.findings
 
 
@@ -192,8 +194,3 @@ def _no_row(source: Path, line: int, rows: int) -> InvalidValue:
     nearest = min(numbers, key=lambda number: (number > line, abs(number - line)))
     reason = f"The file has {rows:,} rows, but none begins on line {line}; one does on line {nearest}. Correct 'rows'."
     return InvalidValue(param="rows.drop", reason=reason)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunery.datasets.report.rows import chunks
 from tunery.rows import jsonl, readers
 from tunery.rows.formats import Format, SourceRow
 from tunery.rows.shapes import FileShape
@@ -22,7 +21,7 @@ class Line(NamedTuple):
 def read_lines(path: Path, columns: Mapping[str, str]) -> Iterator[Line]:
     """Yields the line of each row; `columns`: see `FileShape`. Raises InvalidRows."""
     reader, shape = readers.Reader(), FileShape(columns)
-    for chunk in chunks(path):
+    for chunk in readers.chunks_of(path):
         yield from (_line(row, reader.format, shape) for row in reader.feed(chunk))
     yield from (_line(row, reader.format, shape) for row in reader.close())
 
@@ -37,7 +36,7 @@ def _line(row: SourceRow, format: Format, shape: FileShape) -> Line:
 def read_rows(path: Path, numbers: Collection[int], columns: Mapping[str, str]) -> Iterator[SourceRow]:
     """Yields the rows with these numbers, each with a shape of its own. Raises InvalidRows."""
     shape = FileShape(columns)
-    filled = map(shape.fill, readers.read(chunks(path)))
+    filled = map(shape.fill, readers.read(readers.chunks_of(path)))
     chosen = (row for row in filled if row.number in numbers)
     return (row._replace(shape=FileShape(columns)) for row in chosen)
 

@@ -32,8 +32,9 @@ from tunery.datasets.report import (
 )
 from tunery.datasets.report.case import Ask, Case, Check, Finding, invalid_row
 from tunery.datasets.report.elsewhere import Other
-from tunery.datasets.report.rows import can_be_compared, chunks, read, read_other
+from tunery.datasets.report.rows import can_be_compared, read, read_other
 from tunery.datasets.report.verdict import Verdict
+from tunery.rows import readers
 from tunery.rows.answer_losses import AnswerLoss
 
 CHECKS: list[Check] = [
@@ -137,7 +138,7 @@ def make(
     CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
-    judged = verdict.judge(lambda: chunks(path), least=1, columns=columns)
+    judged = verdict.judge(lambda: readers.chunks_of(path), least=1, columns=columns)
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
     rows, known = read(path, MOST, columns), read_other(against, MOST, columns) if against else ()
     case = Case(rows, known, max_tokens, count, others, asked, losses, ask)
@@ -147,7 +148,7 @@ def make(
         figures["against"] = {"rows": len(known), "compared": sum(map(can_be_compared, known))}
     if base is not None and base.is_dir():
         lengths = tokens.Lengths(base, max_tokens)
-        lengths.measure(chunks(path), MOST, columns)
+        lengths.measure(readers.chunks_of(path), MOST, columns)
         figures["tokens"] = lengths.figures(base_name or base.name)
         figures["answers"] = plausibility.figures(losses)
         case.findings.extend(lengths.findings)

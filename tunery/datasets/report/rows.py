@@ -17,7 +17,6 @@ from tunery.rows.messages import Example, Message, PlainText
 from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 
-_CHUNK = 2**20
 SYSTEM = frozenset({"system", "developer"})
 """Roles that stand before a conversation."""
 PLAIN = "text"
@@ -87,7 +86,7 @@ def read(path: Path, most: int = sys.maxsize, columns: Mapping[str, str] | None 
     """
     rows: list[Row] = []
     shape = FileShape(columns)
-    for source in readers.read(chunks(path)):
+    for source in readers.read(readers.chunks_of(path)):
         row = of_source(source._replace(shape=shape))
         most -= row.size
         if most < 0:
@@ -122,14 +121,7 @@ def _has_usable(rows: Iterable[Row]) -> bool:
 
 def has_columns(path: Path, columns: Mapping[str, str]) -> bool:
     """Whether a row of the file has one of the columns. Raises InvalidRows."""
-    return any(name in (row.fields or {}) for row in readers.read(chunks(path)) for name in columns.values())
-
-
-def chunks(path: Path) -> Iterator[bytes]:
-    """A file's bytes."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    return any(name in (row.fields or {}) for row in readers.read(readers.chunks_of(path)) for name in columns.values())
 
 
 def of_source(source: SourceRow) -> Row:

@@ -12,6 +12,7 @@ from tunery.datasets.shots import choice
 from tunery.failures import InvalidTrainingFile
 from tunery.planning.advice import answer_limit
 from tunery.planning.prompting import MOST_SHOTS, Prompts, ShotsOrder, Variant
+from tunery.rows import readers
 from tunery.rows.encoding import CHATS, encode_answer, read_rows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, Message, is_answerable
@@ -51,7 +52,7 @@ def make(folder: Path, order: ShotsOrder) -> Prompts:
 
 
 def _read(path: Path, role: FileRole, columns: Columns | None) -> Iterator[tuple[SourceRow, Example]]:
-    for row in read_rows(report_rows.chunks(path), role, FileShape(named_columns(columns))):
+    for row in read_rows(readers.chunks_of(path), role, FileShape(named_columns(columns))):
         yield row, CHATS.parse(row, role)
 
 

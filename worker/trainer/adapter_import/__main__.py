@@ -14,9 +14,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from tunery import digests
 from tunery.planning.precision import decide
 from tunery.spec import ImportOrder, Lora
-from worker.trainer import commands, folders, report
+from worker.trainer import commands, report
 from worker.trainer.adapter_import import archive, config, tensors, texts
 from worker.trainer.adapter_import.errors import UnusableAdapter
 from worker.trainer.export import files
@@ -30,7 +31,7 @@ def carry_out(folder: Path) -> Lora:
     order = ImportOrder.model_validate_json((folder / "import.json").read_text())
     base, came, out = folder / "base", folder / "came", folder / "out"
     archive.unpack(order.source, folder / "adapter.zip", came)
-    digests = {path.name: folders.sha256(path) for path in sorted(came.iterdir()) if path.is_file()}
+    hashes = {path.name: digests.sha256(path) for path in sorted(came.iterdir()) if path.is_file()}
     adapter = config.read(order.source, came)
     scales = tensors.check(order.source, base, came, adapter)
     technique = config.technique(order.source, adapter, sorted(scales), order.trained_with)
@@ -43,7 +44,7 @@ def carry_out(folder: Path) -> Lora:
     described = {
         "base_model": order.base_model,
         "job": None,
-        "imported": {"source": order.source, "sha256": digests},
+        "imported": {"source": order.source, "sha256": hashes},
         "plan": {"technique": technique.model_dump(mode="json")},
         "precision": asdict(decide(technique, "cpu")),
         "chat_template_sha256": template.sha256,

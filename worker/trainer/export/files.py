@@ -11,8 +11,8 @@ import psutil
 import torch
 from safetensors import safe_open
 
+from tunery import digests
 from tunery.rows import template_files
-from worker.trainer import folders
 from worker.trainer.checkpoints import TOKENIZER_FILES
 
 
@@ -60,7 +60,7 @@ def fits_in_fp32(folder: Path) -> bool:
 
 def weights_sha256(folder: Path) -> dict[str, str]:
     """Returns the digest of each of the folder's weight files."""
-    return {path.name: folders.sha256(path) for path in weight_files(folder)}
+    return {path.name: digests.sha256(path) for path in weight_files(folder)}
 
 
 def weight_files(folder: Path) -> list[Path]:
