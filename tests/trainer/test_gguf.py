@@ -309,7 +309,8 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
     out = tmp_path / "run" / "out"
     assert not [export.message for export in said(ear, "exported") if export.is_refused]
     said_of_file = {export.path: export.message for export in said(ear, "exported")}["gguf/model-q8_0.gguf"]
-    assert re.search(r"MB, of the architecture llama; on \d+ labelled tokens the mean KL divergence from", said_of_file)
+    measured = r"MB, of the architecture llama; on [\d,]+ labelled tokens the mean KL divergence from"
+    assert re.search(measured, said_of_file)
     adapter = ["adapter-f32.gguf"] if technique.type == "lora" else []
     found = sorted(path.name for path in (out / "gguf").iterdir())
     assert found == ["Modelfile", *adapter, "model-f16.gguf", "model-q8_0.gguf"]
@@ -345,7 +346,7 @@ def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monk
 def test_f16_alone_has_to_keep_the_bounds_of_a_merge() -> None:
     far, answered = Divergence(2000, 0.01, 0.98, 0.98), Answered(100, 0.5, 0.5, -0.05, 0.05)
 
-    assert "2000 labelled tokens" in work._prove("q8_0", lambda: "1 MB", lambda: (far, answered))
+    assert "2,000 labelled tokens" in work._prove("q8_0", lambda: "1 MB", lambda: (far, answered))
     with pytest.raises(FormatDiffers, match=r"In GGUF f16, .* \(at most 0\.001\) .* 98\.00% .* Serve the safetensors"):
         work._prove("f16", lambda: "1 MB", lambda: (far, answered))
 

@@ -57,7 +57,7 @@ class Divergence:
     def describe(self, reference: str) -> str:
         """Returns the figures as part of a sentence."""
         return (
-            f"on {self.positions} labelled tokens the mean KL divergence from {reference} is {self.mean_kl:.2g}, and "
+            f"on {self.positions:,} labelled tokens the mean KL divergence from {reference} is {self.mean_kl:.2g}, and "
             f"the likeliest token is the same for {self.top1:.2%}"
         )
 
