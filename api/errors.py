@@ -16,7 +16,7 @@ from starlette.routing import Match
 
 from api import query, rate_headers, request_errors
 from tunery import errors
-from tunery.db import UNREACHABLE
+from tunery.db import UNREACHABLE, reason_of
 from tunery.errors import TuneryError
 from tunery.jobs.errors import QuotaExceeded
 from tunery.keys.errors import Forbidden, Unauthenticated
@@ -86,7 +86,7 @@ def _type_of(error: TuneryError, status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | None:
+def _as_ours(error: Exception, route: str) -> TuneryError | None:
     """Converts any exception to a TuneryError; None for an unexpected one."""
     if isinstance(error, TuneryError) and status_of(error) != 500:
         return error
@@ -102,14 +102,13 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
         reason = "The request contains a NUL character or half a surrogate pair (\\u0000, \\ud800-\\udfff). Remove it."
         return errors.InvalidValue(reason=reason)
     if isinstance(error, UNREACHABLE):
-        log.warning("%s: the database failed: %s", request_id, type(error).__name__)
         return errors.Unavailable(part="The database")
     return None
 
 
 def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
     """Returns the HTTP answer to an error; `route` is the method and path, for messages."""
-    ours = _as_ours(error, request_id, route)
+    ours = _as_ours(error, route)
     if ours is None:
         log.error("%s: %s failed", request_id, route, exc_info=error)
         text = (
@@ -118,6 +117,8 @@ def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
         )
         return JSONResponse(envelope(text, type="server_error", code="server_error"), 500)
     status = status_of(ours)
+    if status >= 500:
+        log.warning("%s: %s failed: %s", request_id, route, reason_of(error))
     headers = {**_headers_of(ours), **(getattr(error, "headers", None) or {})}
     body = envelope(ours.message, type=_type_of(ours, status), param=ours.param, code=ours.code)
     return JSONResponse(body, status, headers)

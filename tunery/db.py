@@ -7,6 +7,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import DateTime, Engine, MetaData, Text, cast, create_engine, event, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import ExceptionContext
@@ -14,6 +15,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, MappedColumn, Session, mapped_column, sessionmaker
 
+from tunery.errors import Unavailable
 from tunery.settings import get_settings
 
 NAMING = {
@@ -50,8 +52,16 @@ CONNECTION = {
 }
 """libpq's options for every connection."""
 
-UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
-"""Exceptions of a database that is down, restarting or unreachable."""
+
+class NotMigrated(Unavailable):
+    """The database does not have the tables of this release ({reason}). The operator has to run `alembic upgrade head`
+    with this release; what waits then goes on."""
+
+    code = "not_migrated"
+
+
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout, NotMigrated)
+"""Exceptions of a database that is down, restarting, unreachable or not migrated yet: a later try may succeed."""
 
 
 def make_engine(url: str) -> Engine:
@@ -66,14 +76,23 @@ def make_engine(url: str) -> Engine:
         # Parameters include training rows and models' answers, which must not get into the log with an error.
         hide_parameters=True,
     )
-    event.listen(engine, "handle_error", _name_lost_connections)
+    event.listen(engine, "handle_error", _name_what_a_retry_may_fix)
     return engine
 
 
-def _name_lost_connections(context: ExceptionContext) -> None:
-    """Raises OperationalError for connections that the server ended. The driver raises an InternalError (idle in a
-    transaction), as for corrupt indexes; this way one class covers everything that a retry may fix."""
+def reason_of(error: Exception) -> str:
+    """Returns the first line of what the driver or the exception says, for logs and messages."""
+    said = str(getattr(error, "orig", None) or error).strip()
+    return said.splitlines()[0].rstrip(".") if said else type(error).__name__
+
+
+def _name_what_a_retry_may_fix(context: ExceptionContext) -> None:
+    """Raises NotMigrated for a missing table or column, and OperationalError for connections that the server ended. The
+    driver raises an InternalError (idle in a transaction), as for corrupt indexes; this way UNREACHABLE covers
+    everything that a retry may fix."""
     error = context.original_exception
+    if isinstance(error, UndefinedTable | UndefinedColumn):
+        raise NotMigrated(reason=reason_of(error)) from error
     if context.is_disconnect and not isinstance(context.sqlalchemy_exception, OperationalError):
         raise OperationalError(context.statement, None, error, hide_parameters=True, connection_invalidated=True)
 

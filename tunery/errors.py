@@ -44,6 +44,8 @@ The others are in the `errors.py` beside what raises them, and the reasons of fa
     ├── WrongSettings            variables of the environment have invalid values
     ├── Unavailable              a part of the service is down; try again
     │   ├── StorageFailed        storage
+    │   │   └── StorageRefused   storage: it will not serve us before a setting is changed
+    │   ├── NotMigrated          db: the tables are those of another release
     │   ├── Overloaded           the model server's queue is full
     │   └── AnswerTooSlow        the model server: an answer takes too long
     ├── JobFailure               failures: why a job failed

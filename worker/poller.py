@@ -1,13 +1,10 @@
 """The loop in a worker's process that does one kind of work, one piece at a time."""
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
+from worker.outages import OUTAGES
 from worker.supervisor.drain import Drain
-
-log = logging.getLogger(__name__)
 
 
 class Poller:
@@ -60,7 +57,7 @@ class Poller:
         """Waits until no thread is working and keeps any from starting again: for a worker that stops."""
         self._busy.acquire()
         if self._drain.begun:  # else only this process ends, and Celery starts the next
-            with self._logged():
+            with OUTAGES.survived(f"the {self._thread.name} poller"):
                 self._at_stop()
 
     def _run(self) -> None:
@@ -72,13 +69,6 @@ class Poller:
         threading.Event().wait()
 
     def _work_off(self) -> None:
-        with self._logged():
+        with OUTAGES.survived(f"the {self._thread.name} poller"):
             while not self._drain.begun and self._look():
                 pass
-
-    @contextmanager
-    def _logged(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception:  # the next look may succeed: the database may have restarted, or a full disk have space again
-            log.exception("the %s poller was interrupted", self._thread.name)

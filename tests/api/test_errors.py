@@ -19,6 +19,7 @@ from api.dependencies import SessionDep
 from api.schemas.base import Body
 from tunery import errors as floor
 from tunery import field_errors
+from tunery.keys import auth
 from tunery.settings import Settings
 
 JOB = {"model": BASE, "training_file": "file-x"}
@@ -467,11 +468,28 @@ def test_an_unforeseen_error_tells_its_id_and_nothing_else(app: FastAPI) -> None
     assert "secret" not in answer.text
 
 
-def test_database_away(make_app: Callable[..., FastAPI]) -> None:
+def test_a_database_that_is_not_migrated_is_named_with_the_command(
+    make_app: Callable[..., FastAPI], postgres: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = {"authorization": f"Bearer {auth.new_secret()}"}
+    with TestClient(make_app(database_url=postgres("postgres")), headers=headers) as client:
+        answer = client.get("/v1/models")
+    error = _error(answer, 503)
+    assert error["code"] == "not_migrated"
+    assert "`alembic upgrade head`" in error["message"]
+    assert answer.headers["x-request-id"] in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_database_away(make_app: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture) -> None:
     app = make_app(database_url="postgresql+psycopg://nobody@127.0.0.1:1/none")
     client = TestClient(app, headers={"authorization": "Bearer tnr_x"})
     answer = client.get("/healthz")
     assert "The database does not answer" in _error(answer, 503)["message"]
+    assert caplog.messages == [
+        f"{answer.headers['x-request-id']}: GET /healthz failed: connection failed: connection to server at "
+        '"127.0.0.1", port 1 failed: Connection refused'
+    ]
     assert float(answer.headers["retry-after"]) > 0
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
@@ -631,6 +632,20 @@ def test_no_database(tunery: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 1
     assert "TUNERY_DATABASE_URL" in err
     assert "secret" not in err
+
+
+def test_a_database_that_is_not_migrated(
+    tunery: Run, postgres: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNERY_DATABASE_URL", postgres("postgres"))
+    from tunery import db
+    from tunery.settings import get_settings
+
+    get_settings.cache_clear()
+    db.sessions.cache_clear()
+    status, _, err = tunery("keys", "list")
+    assert status == 1
+    assert "it has not been migrated (`alembic upgrade head`)" in err
 
 
 def test_down_where_nothing_runs(tunery: Run) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from tunery import db, processes
@@ -74,8 +74,8 @@ def _transaction(context: typer.Context) -> Iterator[Session]:
         # The error's own words are for requests, which live inside a project.
         raise Refused(message=f"There is no {error.fields['kind']} '{error.fields['id']}'.") from error
     except OperationalError as error:
-        raise NoDatabase(url=_shown_url(), reason=f"{str(error.orig).splitlines()[0].rstrip('.')}.") from error
-    except ProgrammingError as error:
+        raise NoDatabase(url=_shown_url(), reason=f"{db.reason_of(error)}.") from error
+    except db.NotMigrated as error:
         raise NoDatabase(url=_shown_url(), reason="it has not been migrated (`alembic upgrade head`).") from error
 
 

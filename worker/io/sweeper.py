@@ -19,6 +19,7 @@ from tunery.retention import history, models
 from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.io.claims import advisory_lock
+from worker.outages import OUTAGES
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,9 @@ class Sweeper:
             self._remove_history,
         )
         for step in steps:
-            try:
+            # Each for itself: failing storage must not keep leases from expiring, nor one step the next.
+            with OUTAGES.survived(f"the sweeper's step {step.__name__.strip('_')}"):
                 step()
-            except Exception:  # failing storage must not keep leases from expiring, nor one step the next
-                log.exception("the sweeper's step %s is postponed", step.__name__)
 
     def _pardon_after_a_gap(self) -> None:
         """Extends leases after an outage, during which no worker could renew, so that live workers can do so now.

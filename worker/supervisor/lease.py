@@ -11,7 +11,7 @@ from typing import Generic, Protocol, Self, TypeVar
 from sqlalchemy.orm import Session
 
 from tunery import db
-from tunery.db import UNREACHABLE
+from tunery.db import UNREACHABLE, reason_of
 from tunery.jobs import leases
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
@@ -146,10 +146,11 @@ class LeaseKeeper:
                 self.check_lost()
             try:
                 result = tried.go(self.check_lost)
-            except (*UNREACHABLE, Undecided):
+            except (*UNREACHABLE, Undecided) as error:
+                if self._silent_since is None:  # once, not at every try
+                    log.warning("the run of %s goes on without the database: %s", self.lease.job_id, reason_of(error))
                 if self._has_waited_enough():
                     raise
-                log.warning("the database does not answer; the run of %s continues", self.lease.job_id)
             else:
                 self._silent_since = None
                 return result
@@ -193,7 +194,7 @@ class LeaseKeeper:
         except LeaseLost:
             self.lost = True
         except Exception as error:  # noqa: BLE001  if this thread ended, the lease would expire
-            log.warning("the lease of %s was not renewed (%s); the run continues", self.lease.job_id, error)
+            log.warning("the lease of %s was not renewed (%s); the run continues", self.lease.job_id, reason_of(error))
 
     def _act(self) -> None:
         if self._process is None:

@@ -1,0 +1,68 @@
+"""What keeps a worker from its work is logged when it begins and when it ends, not at every try."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import text
+
+from tunery import db
+from tunery.storage.errors import StorageFailed
+from worker.outages import Outages
+
+AWAY = "postgresql+psycopg://nobody@127.0.0.1:1/none"
+
+
+def _ask(url: str, statement: str = "SELECT 1") -> None:
+    engine = db.make_engine(url)
+    try:
+        with engine.connect() as connection:
+            connection.execute(text(statement))
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def outages(caplog: pytest.LogCaptureFixture) -> Outages:
+    caplog.set_level(logging.INFO)
+    return Outages()
+
+
+def test_many_tries_of_several_pollers_make_two_lines(
+    outages: Outages, caplog: pytest.LogCaptureFixture, postgres: Callable[[str], str]
+) -> None:
+    for _ in range(3):
+        for poller in ("a", "b"):
+            with outages.survived(poller):
+                _ask(AWAY)
+    for poller in ("a", "b"):
+        with outages.survived(poller):
+            _ask(postgres("postgres"))
+    begins, ends = caplog.messages
+    assert begins.startswith("a waits, and is tried again: connection failed: ")
+    assert "Connection refused" in begins
+    assert ends.startswith("b goes on")
+    assert "Traceback" not in caplog.text
+    with outages.survived("a"):
+        _ask(AWAY)
+    assert len(caplog.messages) == 3, "the next outage is another one"
+
+
+def test_each_reason_has_its_line(
+    outages: Outages, caplog: pytest.LogCaptureFixture, postgres: Callable[[str], str]
+) -> None:
+    for _ in range(2):
+        with outages.survived("a"):
+            _ask(postgres("postgres"), "SELECT id FROM jobs")
+        with outages.survived("b"):
+            raise StorageFailed(action="list", reason="for the test")
+    migrate, storage = caplog.messages
+    assert "`alembic upgrade head`" in migrate
+    assert "could not list (for the test)" in storage
+
+
+def test_an_unexpected_error_keeps_its_traceback(outages: Outages, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        with outages.survived("a"):
+            raise ZeroDivisionError
+    assert caplog.text.count("Traceback") == 2
