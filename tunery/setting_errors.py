@@ -4,8 +4,11 @@ A value may be a secret, or a URL with a password.
 """
 
 import difflib
+import errno
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from pydantic_core import ErrorDetails
 
@@ -34,15 +37,28 @@ def _variable(place: tuple[int | str, ...]) -> str:
 
 
 @contextmanager
-def making_folder(setting: str) -> Iterator[None]:
-    """Raises WrongSettings where the block cannot create the directory that `setting` names."""
+def making_folder(setting: str, folder: Path) -> Iterator[None]:
+    """Raises WrongSettings where the block cannot create the directory that `setting` names, or nothing can be written
+    to it, as to one that another user made or that is mounted read-only.
+    """
     try:
         yield
+        _try_writing(folder)
     except (OSError, ValueError) as error:  # a ValueError: a null character in the path
         where = f"'{error.filename}': " if isinstance(error, OSError) and error.filename else ""
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         needed = "should name a directory that this service can create and write to"
         raise WrongSettings(lines=f"{PREFIX}{setting.upper()} {needed} ({where}{reason}).") from error
+
+
+def _try_writing(folder: Path) -> None:
+    """Raises OSError, but not for a full disk, which may have space again and which workers themselves clear."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = str(folder)
+            raise
 
 
 def misspelt(variables: Iterable[str], settings: Sequence[str]) -> Iterator[str]:

@@ -40,12 +40,6 @@ def _object(value: object) -> object:
         raise ValueError('should be a JSON object, as in {"H200": 4.5}') from None
 
 
-def _psycopg(url: str) -> str:
-    if not url.startswith("postgresql+psycopg://"):
-        raise ValueError("should begin with postgresql+psycopg://, as in postgresql+psycopg://USER:PASSWORD@HOST/NAME")
-    return url
-
-
 def _long(secret: SecretStr) -> SecretStr:
     if len(secret) < 16:
         raise ValueError("should have at least 16 characters")
@@ -69,7 +63,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    database_url: Annotated[str, AfterValidator(_psycopg)] = Field(
+    database_url: Annotated[str, AfterValidator(urls.check_database)] = Field(
         "postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL"
     )
     broker_url: Annotated[str, AfterValidator(urls.check_broker)] = Field(
@@ -261,8 +255,9 @@ def get_settings() -> Settings:
 def make_folders(settings: Settings, *names: str) -> None:
     """Creates the directories of these settings, of which a service needs a few. Raises WrongSettings."""
     for name in names:
-        with setting_errors.making_folder(name):
-            getattr(settings, name).mkdir(parents=True, exist_ok=True)
+        folder: Path = getattr(settings, name)
+        with setting_errors.making_folder(name, folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def settings_or_exit() -> Settings:

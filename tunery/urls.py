@@ -4,10 +4,32 @@ import contextlib
 from collections.abc import Collection
 from urllib.parse import SplitResult, unquote, urlsplit
 
+_DATABASE = "should begin with postgresql+psycopg://, as in postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+_PARTS = (
+    "should be postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME; in the password, write @ as %40, / as %2F, ? as %3F, "
+    "# as %23 and % as %25"
+)
 _BROKERS = ("redis", "rediss", "redis+socket")
 _BROKER = "should be the URL of Redis or Valkey, as in redis://HOST:6379/0, or rediss:// for TLS"
 _STORAGE = "should be file:///DIRECTORY with an absolute path, or s3://BUCKET or s3://BUCKET/PREFIX"
 _HTTP = "should be the URL of a server, as in http://HOST:8001"
+
+
+def check_database(url: str) -> str:
+    """Returns the URL of a database. Raises ValueError, which says what is expected.
+
+    An @ in a password that is not encoded would make its rest a part of the host, which errors and logs may show.
+    """
+    from sqlalchemy.engine import make_url  # commands that need no database start without it
+    from sqlalchemy.exc import ArgumentError
+
+    if not url.startswith("postgresql+psycopg://"):
+        raise ValueError(_DATABASE)
+    with contextlib.suppress(ValueError, ArgumentError):
+        parts = make_url(url)
+        if "@" not in (parts.host or "") and "@" not in (parts.database or ""):
+            return url
+    raise ValueError(_PARTS)
 
 
 def check_broker(url: str) -> str:

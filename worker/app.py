@@ -17,7 +17,7 @@ from celery import Celery, signals
 
 from tunery import dispatch, plugins
 from tunery.settings import ending_if_wrong, get_settings, make_folders, settings_or_exit
-from tunery.storage import open_storage
+from tunery.storage import open_usable_storage
 from worker.poller import Poller
 from worker.pollers import start_pollers
 from worker.supervisor import devices
@@ -100,7 +100,7 @@ def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:
     settings = get_settings()
     with _or_end(sys.exit), ending_if_wrong():
         plugins.load(settings.plugins, "worker")
-        open_storage(settings)
+        open_usable_storage(settings)
         make_folders(settings, "models_dir", "runs_dir")
         if dispatch.TRAIN in str(options.get("queues") or ""):
             _HERE.devices = devices.found(settings.serve_gpu, settings.io_gpu)

@@ -21,6 +21,7 @@ from recorded_vllm import QUESTION, RECORDED, RecordedVllm, steps
 from teams import BASE, TRAIN, Team
 
 from tunery import processes
+from tunery.errors import WrongSettings
 from tunery.rows.template import ChatTemplate
 from tunery.serving import Rates
 from tunery.storage import open_storage
@@ -364,5 +365,5 @@ def test_job_whose_adapter_could_not_be_served_is_refused(
 
 def test_server_without_vllm_servers_does_not_start(database: Database) -> None:
     settings = database.settings.model_copy(update={"server_backend": "vllm"})
-    with pytest.raises(ValueError, match="TUNERY_VLLM_REPLICAS is empty"):
+    with pytest.raises(WrongSettings, match="TUNERY_VLLM_REPLICAS is empty"):
         backend.make(settings, open_storage(settings), "cpu")

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tunery.errors import WrongSettings
-from tunery.settings import Settings, read_settings
+from tunery.settings import Settings, make_folders, read_settings
 
 SECRET = "s3cr3t"
 POSITIVE = (
@@ -48,6 +48,9 @@ def test_a_lease_outlasts_three_renewals(monkeypatch: pytest.MonkeyPatch) -> Non
         ("TUNERY_POLL_SECONDS", "inf", "should be a finite number."),
         ("TUNERY_DATABASE_URL", "foo", "should begin with postgresql+psycopg://"),
         ("TUNERY_DATABASE_URL", f"postgres://tunery:{SECRET}@db/tunery", "should begin with postgresql+psycopg://"),
+        ("TUNERY_DATABASE_URL", f"postgresql+psycopg://tunery:{SECRET}@db:port/tunery", "HOST:PORT/NAME"),
+        ("TUNERY_DATABASE_URL", f"postgresql+psycopg://tunery:a@{SECRET}@db/tunery", "write @ as %40"),
+        ("TUNERY_DATABASE_URL", f"postgresql+psycopg://tunery:a@b/{SECRET}@db/tunery", "write @ as %40"),
         ("TUNERY_GPU_HOUR_PRICES", "{", "should be a JSON object"),
         ("TUNERY_WEBHOOK_ALLOW", "foo", "network, as in 10.0.0.0/8"),
         ("TUNERY_RESULT_FILES", "zip", "'auto', 'base64' or 'plain'"),
@@ -90,6 +93,8 @@ def test_a_wrong_value_is_one_line_without_the_value(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("database_url", f"postgresql+psycopg://tunery:a%40{SECRET}@[::1]:5433/tunery?sslmode=require"),
+        ("database_url", "postgresql+psycopg://tunery@/tunery?host=/run/postgresql"),
         ("broker_url", f"rediss://:{SECRET}@broker:6380/1"),
         ("broker_url", "redis://broker"),
         ("broker_url", "redis+socket:///run/valkey.sock"),
@@ -103,6 +108,12 @@ def test_a_wrong_value_is_one_line_without_the_value(
 def test_a_url_is_kept_as_it_is_written(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"TUNERY_{name.upper()}", value)
     assert getattr(read_settings(), name) == value
+
+
+@pytest.mark.parametrize("name", ["models_dir", "runs_dir"])
+def test_a_folder_that_is_there_but_cannot_be_written_to_is_refused(name: str) -> None:
+    with pytest.raises(WrongSettings, match=f"TUNERY_{name.upper()} should name a directory that .*write to .*'/proc'"):
+        make_folders(Settings(**{name: Path("/proc")}), name)
 
 
 def test_each_wrong_variable_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:

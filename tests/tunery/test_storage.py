@@ -35,6 +35,11 @@ def _read(storage: Storage, key: str, start: int = 0) -> bytes:
     return b"".join(storage.read(key, start))
 
 
+def test_a_check_of_usable_storage_leaves_nothing(storage: Storage) -> None:
+    storage.check()
+    assert list(storage.list("")) == []
+
+
 @pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, BIG])
 def test_what_is_written_is_read(storage: Storage, size: int) -> None:
     data = _content(size)

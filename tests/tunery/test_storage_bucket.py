@@ -18,8 +18,9 @@ from proxy import Proxy, proxy_to
 from pydantic import SecretStr
 from seaweed import BUCKET, Seaweed
 
+from tunery.errors import WrongSettings
 from tunery.settings import Settings
-from tunery.storage import CHUNK, Storage, disposition, open_storage
+from tunery.storage import CHUNK, Storage, disposition, open_storage, open_usable_storage
 from tunery.storage.bucket import PART
 from tunery.storage.errors import ObjectMissing, StorageFailed
 
@@ -48,6 +49,35 @@ def _get(url: str) -> tuple[int, bytes, str]:
     except HTTPError as error:
         with error:
             return error.code, error.read(), ""
+
+
+def _refused(settings: Settings) -> str:
+    with pytest.raises(WrongSettings, match="The operator has to change a setting") as error:
+        open_usable_storage(settings)
+    return error.value.message
+
+
+def test_a_refusal_names_the_setting_to_change(s3_settings: Settings) -> None:
+    wrong = s3_settings.model_copy(update={"aws_secret_access_key": SecretStr("not-the-secret")})
+    message = _refused(wrong)
+    assert "AWS_SECRET_ACCESS_KEY" in message
+    assert "not-the-secret" not in message
+    assert "a bucket that exists" in _refused(s3_settings.model_copy(update={"storage_url": "s3://nowhere"}))
+    with pytest.raises(StorageFailed, match="AWS_SECRET_ACCESS_KEY"):
+        open_storage(wrong).put("a", b"1")
+
+
+def test_clocks_that_differ_are_named(s3_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = datetime.now(UTC) + timedelta(minutes=30)
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda remove_tzinfo=True: ahead)
+    assert "clock" in _refused(s3_settings)
+
+
+def test_a_server_that_does_not_answer_yet_is_only_warned_of(
+    s3_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_usable_storage(s3_settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"}))
+    assert "could not list (EndpointConnectionError)" in caplog.text
 
 
 def test_a_presigned_url_downloads_one_object_under_its_name(storage: Storage) -> None:

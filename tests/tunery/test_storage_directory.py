@@ -2,7 +2,8 @@
 
 import os
 import resource
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,37 @@ def test_a_full_disk_leaves_the_older_object_and_no_rest(tmp_path: Path) -> None
 
     assert b"".join(storage.read("a")) == b"older"
     assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_an_object_of_a_directory_that_is_not_mounted_is_not_taken_for_deleted(tmp_path: Path) -> None:
+    """A job whose files are missing fails, and an ended job without objects is never cleaned again."""
+    storage = Directory(tmp_path / "root")
+    storage.put("a/b", b"1")
+    (tmp_path / "root").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageFailed, match="could not open"):
+        storage.check()
+    actions: tuple[Callable[[], object], ...] = (
+        lambda: storage.read("a/b"),
+        lambda: storage.stat("a/b"),
+        lambda: storage.delete("a/b"),
+        lambda: list(storage.list("a/")),
+    )
+    for action in actions:
+        with pytest.raises(StorageFailed, match="is gone or not mounted"):
+            action()
+    (tmp_path / "elsewhere").rename(tmp_path / "root")
+    assert storage.stat("a/b") == 1
+
+
+def test_what_cannot_be_read_is_not_missing(tmp_path: Path) -> None:
+    storage = Directory(tmp_path)
+    with socket.socket(socket.AF_UNIX) as unreadable:
+        unreadable.bind(str(tmp_path / "a"))  # opening it fails, also for root
+        with pytest.raises(StorageFailed, match="could not read"):
+            storage.read("a")
+    with pytest.raises(StorageFailed, match="could not list"):
+        list(storage.list(f"{'x' * 300}/"))
+    assert list(storage.list("never-stored/")) == []
 
 
 def test_a_symbolic_link_does_not_lead_out(tmp_path: Path) -> None:

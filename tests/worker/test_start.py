@@ -8,6 +8,7 @@ from typing import Any
 
 import fake_nvml
 import pytest
+from seaweed import Seaweed
 from sqlalchemy import select
 from workshop import ROOT, Workshop, training_rows
 
@@ -37,6 +38,14 @@ def test_a_worker_that_cannot_use_its_storage_ends_and_says_why(workshop: Worksh
     assert "Error: TUNERY_STORAGE_URL should be file:///DIRECTORY" in processes.tail(
         workshop.folder / f"{queue}.log", 60
     )
+
+
+def test_a_worker_whose_storage_refuses_it_ends_and_names_the_setting(workshop: Workshop, seaweed: Seaweed) -> None:
+    worker = workshop.start("io", **seaweed.environment("x") | {"AWS_SECRET_ACCESS_KEY": "not-the-secret"})
+    assert worker.wait(60) == 2
+    said = processes.tail(workshop.folder / "io.log", 60)
+    assert "AWS_SECRET_ACCESS_KEY should be a key that this server issued." in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("queue", ["io", "train"])

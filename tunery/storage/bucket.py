@@ -18,7 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from tunery.settings import Settings
-from tunery.storage.errors import KeyTaken, ObjectMissing, StorageFailed
+from tunery.storage.errors import KeyTaken, ObjectMissing, StorageFailed, StorageRefused
 from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
 
 PART = 16 * 2**20
@@ -26,6 +26,19 @@ PART = 16 * 2**20
 _PARTS = 5_000
 """After so many parts (80 GiB) the rest are four times as large, as S3 takes at most 10,000: 400 GiB in all."""
 _READ_TRIES = 5
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY should be a key that this server issued."
+_REGION = "AWS_REGION should be the bucket's region, and TUNERY_S3_ENDPOINT_URL its server."
+_CHANGE = {
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"), _KEYS),
+    **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError"), _KEYS),
+    "AccessDenied": "the key in AWS_ACCESS_KEY_ID should be allowed to read, write, list and delete in the bucket of "
+    "TUNERY_STORAGE_URL.",
+    "NoSuchBucket": "TUNERY_STORAGE_URL should name a bucket that exists; create it, as Tunery does not.",
+    "InvalidBucketName": "TUNERY_STORAGE_URL should be s3://BUCKET or s3://BUCKET/PREFIX.",
+    "RequestTimeTooSkewed": "set this host's clock or the S3 server's, which differ by more than a quarter of an hour.",
+    **dict.fromkeys(("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"), _REGION),
+}
+"""What the operator has to change, by the code of an S3 server's refusal or the name of boto's error."""
 
 
 def _client(settings: Settings, endpoint: str | None) -> Any:
@@ -60,9 +73,15 @@ def _translated(action: str, key: str) -> Iterator[None]:
             raise ObjectMissing(key=key) from None
         if code in ("PreconditionFailed", "412"):
             raise KeyTaken(key=key) from None
-        raise StorageFailed(action=action, reason=code) from error
+        raise _failure(action, code) from error
     except BotoCoreError as error:
-        raise StorageFailed(action=action, reason=type(error).__name__) from error
+        raise _failure(action, type(error).__name__) from error
+
+
+def _failure(action: str, reason: str) -> StorageFailed:
+    if reason in _CHANGE:
+        return StorageRefused(action=action, reason=reason, advice=_CHANGE[reason])
+    return StorageFailed(action=action, reason=reason)
 
 
 class Bucket:
@@ -76,6 +95,10 @@ class Bucket:
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+
+    def check(self) -> None:
+        with _translated("list", self._prefix):
+            self._s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
 
     def writer(self, key: str, content_type: str | None = None) -> contextlib.AbstractContextManager[Writer]:
         extra = {"ContentType": content_type} if content_type else {}

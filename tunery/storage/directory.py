@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from tunery.storage.errors import KeyTaken, ObjectMissing, StorageFailed
 from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
+
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class Directory:
@@ -19,10 +22,27 @@ class Directory:
         self._temporary = self._root / ".tmp"
         self._temporary.mkdir(parents=True, exist_ok=True)
 
+    def check(self) -> None:
+        _FileSink(self._temporary, "check", self._temporary).discard()
+
+    @contextlib.contextmanager
+    def _translated(self, action: str, key: str) -> Iterator[None]:
+        """Translates the system's errors. Without our own folder, an absent object is no loss but a missing mount."""
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, _ABSENT):
+                raise _failure(action, error) from error
+            if not os.path.isdir(self._temporary):  # noqa: PTH112 (Path's raises errors of a mount that is stale)
+                raise StorageFailed(action=action, reason=f"'{self._root}' is gone or not mounted") from error
+            raise ObjectMissing(key=key) from None
+
     def _path(self, key: str) -> Path:
         path = self._root / check_key(key)
-        # The key is checked already, but a symbolic link below the root could still lead out of it.
-        if not path.resolve().is_relative_to(self._root):
+        with self._translated("look up", key):
+            # The key is checked already, but a symbolic link below the root could still lead out of it.
+            is_below = path.resolve().is_relative_to(self._root)
+        if not is_below:
             raise ValueError(f"{key!r} leads out of the storage directory through a symbolic link")
         return path
 
@@ -44,16 +64,18 @@ class Directory:
         return writer.stored
 
     def read(self, key: str, start: int = 0) -> Iterator[bytes]:
-        try:
+        with self._translated("read", key):
             file = self._path(key).open("rb")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise ObjectMissing(key=key) from None
-        file.seek(start)
+            file.seek(start)
 
         def chunks() -> Iterator[bytes]:
             with file:
-                while data := file.read(CHUNK):
+                while data := read():
                     yield data
+
+        def read() -> bytes:
+            with self._translated("read", key):
+                return file.read(CHUNK)
 
         return chunks()
 
@@ -64,12 +86,14 @@ class Directory:
         return None  # a directory has no server: the API streams from it
 
     def stat(self, key: str) -> int | None:
-        path = self._path(key)
-        return path.stat().st_size if path.is_file() else None
+        with contextlib.suppress(ObjectMissing), self._translated("look up", key):
+            found = self._path(key).stat()
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return None
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(ObjectMissing), self._translated("delete", key):
             path.unlink()
         for folder in path.parents:
             if folder == self._root:
@@ -80,7 +104,12 @@ class Directory:
                 break
 
     def list(self, prefix: str) -> Iterator[str]:
-        for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0]):
+        def failed(error: OSError) -> None:
+            # A folder that cannot be read is not an empty one: the caller would take its objects for deleted.
+            with contextlib.suppress(ObjectMissing), self._translated("list", prefix):
+                raise error
+
+        for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0], onerror=failed):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below = Path(folder).relative_to(self._root)
             yield from (key for name in files if (key := (below / name).as_posix()).startswith(prefix))
@@ -112,7 +141,7 @@ class _FileSink:
         except FileExistsError:
             raise KeyTaken(key=self._key) from None
         except OSError as error:
-            raise StorageFailed(action=action, reason=error.strerror or type(error).__name__) from error
+            raise _failure(action, error) from error
 
     def write(self, data: bytes) -> None:
         with self._failing("write"):
@@ -149,3 +178,7 @@ class _FileSink:
         with contextlib.suppress(OSError):
             self._file.close()
         self._name.unlink(missing_ok=True)
+
+
+def _failure(action: str, error: OSError) -> StorageFailed:
+    return StorageFailed(action=action, reason=error.strerror or type(error).__name__)

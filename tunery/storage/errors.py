@@ -10,6 +10,11 @@ class StorageFailed(Unavailable):
     code = "storage_failed"
 
 
+class StorageRefused(StorageFailed):
+    """Object storage could not {action} ({reason}). Nothing that was already stored is lost. The operator has to
+    change a setting: {advice}"""
+
+
 class ChecksumMismatch(TuneryError):
     """'{key}' is damaged: its sha256 is {found}, not the recorded {expected}. Restore it from a backup."""
 

@@ -40,6 +40,9 @@ class Stored:
 class Storage(Protocol):
     """A store of objects. Every method may raise StorageFailed (try again); a failed write leaves nothing behind."""
 
+    def check(self) -> None:
+        """Raises StorageFailed if the storage cannot be used now: StorageRefused if that will not change by itself."""
+
     def writer(self, key: str, content_type: str | None = None) -> contextlib.AbstractContextManager["Writer"]:
         """Returns a writer. The object appears at the block's clean end, replacing an older one, or not at all."""
 

@@ -7,7 +7,7 @@ import uvicorn
 
 from tunery import plugins
 from tunery.settings import Settings, ending_if_wrong, make_folders, settings_or_exit
-from tunery.storage import open_storage
+from tunery.storage import open_usable_storage
 from worker.server.app import create_app
 from worker.server.backends import backend
 
@@ -36,7 +36,7 @@ def main() -> None:
     url = urlsplit(settings.server_url)
     with ending_if_wrong():
         make_folders(settings, "models_dir")
-        engine = backend.make(settings, open_storage(settings), device)
+        engine = backend.make(settings, open_usable_storage(settings), device)
     app = create_app(
         engine,
         places=settings.server_places,

@@ -93,7 +93,9 @@ def _vllm(settings: Settings, storage: Storage, _: str) -> Backend:
     from worker.server.replica import Replica
 
     if not settings.vllm_replicas:
-        raise ValueError("TUNERY_VLLM_REPLICAS is empty: set it to the URLs of the vLLM servers, separated by commas")
+        raise WrongSettings(
+            lines="TUNERY_VLLM_REPLICAS is empty: set it to the URLs of the vLLM servers, separated by commas."
+        )
     limits = Limits.of(settings)
     assert limits is not None, "the settings choose this back end"
     key = None if settings.vllm_api_key is None else settings.vllm_api_key.get_secret_value()
@@ -112,8 +114,8 @@ BACKENDS: dict[str, Make] = {"embedded": _embedded, "vllm": _vllm}
 
 
 def make(settings: Settings, storage: Storage, device: str) -> Backend:
-    """Returns the back end that the settings choose. Raises ValueError for an unknown name."""
+    """Returns the back end that the settings choose. Raises WrongSettings for an unknown name."""
     name = settings.server_backend
     if name not in BACKENDS:
-        raise ValueError(f"TUNERY_SERVER_BACKEND is '{name}'; use {' or '.join(BACKENDS)}")
+        raise WrongSettings(lines=f"TUNERY_SERVER_BACKEND is '{name}'; use {' or '.join(BACKENDS)}.")
     return BACKENDS[name](settings, storage, device)
