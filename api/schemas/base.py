@@ -6,6 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 Item = TypeVar("Item")
+Shown = TypeVar("Shown", bound=BaseModel)
 
 
 class ResponseBody(BaseModel):
@@ -31,6 +32,15 @@ def answer_of(request: type[BaseModel], **descriptions: str) -> type[ResponseBod
         for name, field in request.model_fields.items()
     }
     return create_model("Answer", __base__=ResponseBody, **fields)
+
+
+def of_stored(kind: type[Shown], values: dict[str, Any]) -> Shown:
+    """Returns the part of an answer that shows what the database has.
+
+    Fields that this release does not know are left out: in an upgrade the workers are replaced first, and store what a
+    newer release knows in the rows that an older API still has to show.
+    """
+    return kind.model_validate(values, extra="ignore")
 
 
 def seconds(at: datetime) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from api.schemas.base import Body, ResponseBody, answer_of, maybe_seconds, seconds
+from api.schemas.base import Body, ResponseBody, answer_of, maybe_seconds, of_stored, seconds
 from tunery.jobs import model
 from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperparameters
 from tunery.jobs.states import State
@@ -327,7 +327,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
     """Returns a job's row as its owner sees it."""
     settled = row.plan or row.spec
     knobs = Hyperparameters(**{name: row.plan[name] for name in _KNOBS} if row.plan else row.spec["hyperparameters"])
-    return Job(
+    shown = dict(
         id=row.id,
         model=row.model_name,
         created_at=seconds(row.created_at),
@@ -360,14 +360,15 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         warnings=list(warnings),
         **(_options(settled) | {"gate": _gate(row, settled.get("gate"))}),
     )
+    return of_stored(Job, shown)
 
 
 def _gate(row: model.Job, asked: dict[str, Any] | None) -> GateAnswer | None:
     if asked is None:
         return None
     found = row.gate or {}
-    shown = {name: found[name] for name in ("status", "checks", "published") if name in found}
-    return GateAnswer(**asked, **shown, withheld_model=_withheld(row, row.gate))
+    shown: dict[str, Any] = {name: found[name] for name in ("status", "checks", "published") if name in found}
+    return of_stored(GateAnswer, {**asked, **shown, "withheld_model": _withheld(row, row.gate)})
 
 
 def _served(row: model.Job) -> ServedAnswer | None:
@@ -384,10 +385,11 @@ def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | Pref
     own = dict(stored.get("method") or {"type": "supervised"})
     name = own.pop("type")
     if name == "supervised":
-        chosen = SupervisedHyperparameters(**knobs.model_dump(), **own)
+        chosen = of_stored(SupervisedHyperparameters, knobs.model_dump() | own)
         return MethodEcho(supervised=SupervisedEcho(hyperparameters=chosen))
     if name == "dpo":
-        return PreferenceEcho(dpo=DpoEcho(hyperparameters=DpoHyperparameters(**knobs.model_dump(), **own)))
+        learned = of_stored(DpoHyperparameters, knobs.model_dump() | own)
+        return PreferenceEcho(dpo=DpoEcho(hyperparameters=learned))
     return OtherMethodEcho(type=name, **{name: {"hyperparameters": knobs.model_dump() | own}})
 
 

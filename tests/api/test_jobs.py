@@ -16,7 +16,7 @@ from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models import registry
 from tunery.models.model import Model
-from tunery.spec import Full, Lora, Qlora, Technique, TrainingSpec
+from tunery.spec import Full, Gate, Lora, Qlora, Technique, TrainingSpec
 
 ROUTE = "/v1/fine_tuning/jobs"
 
@@ -329,6 +329,34 @@ def parent(team: Team, base: str, database: Database) -> str:
             "technique": SHAPE.model_dump(mode="json"),
         }
         return str(job.tuned_model)
+
+
+def _of_a_newer_release(stored: Any) -> Any:
+    """Returns the JSON with one more field in each of its objects."""
+    if isinstance(stored, list):
+        return [_of_a_newer_release(each) for each in stored]
+    if not isinstance(stored, dict):
+        return stored
+    return {name: _of_a_newer_release(each) for name, each in stored.items()} | {"of_a_newer_release": 1}
+
+
+@pytest.mark.parametrize("method", [{"type": "supervised"}, {"type": "dpo"}])
+def test_what_a_newer_worker_stored_is_shown_without_its_new_fields(
+    team: Team, database: Database, method: dict[str, Any]
+) -> None:
+    """In an upgrade the workers are replaced before the API, which shows their jobs meanwhile."""
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), state=State.SUCCEEDED)
+        decided = rows.plan(method=method, gate=Gate(max_kl=0.1), evaluation={"max_rows": 8}).model_dump(mode="json")
+        job.plan, job.gate = _of_a_newer_release(decided), {"status": "passed", "withheld": False, "checks": []}
+        session.flush()
+        id, plain = job.id, decided
+    shown = team.http.get(f"/v1/fine_tuning/jobs/{id}")
+    assert shown.status_code == 200, shown.text
+    assert "newer_release" not in shown.text
+    for name in ("technique", "resources", "schedule", "evaluation"):
+        assert shown.json()[name] == plain[name]
+    assert [each["id"] for each in team.http.get("/v1/fine_tuning/jobs").json()["data"]] == [id]
 
 
 def test_training_on_keeps_the_adapters_shape(team: Team, file: str, parent: str, database: Database) -> None:
