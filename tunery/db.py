@@ -15,7 +15,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, MappedColumn, Session, mapped_column, sessionmaker
 
-from tunery.errors import Unavailable
+from tunery.errors import NotMigrated
 from tunery.settings import get_settings
 
 NAMING = {
@@ -51,14 +51,6 @@ CONNECTION = {
     "options": "-c idle_in_transaction_session_timeout=300s",
 }
 """libpq's options for every connection."""
-
-
-class NotMigrated(Unavailable):
-    """The database does not have the tables of this release ({reason}). The operator has to run `alembic upgrade head`
-    with this release; what waits then goes on."""
-
-    code = "not_migrated"
-
 
 UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout, NotMigrated)
 """Exceptions of a database that is down, restarting, unreachable or not migrated yet: a later try may succeed."""

@@ -45,7 +45,7 @@ The others are in the `errors.py` beside what raises them, and the reasons of fa
     ├── Unavailable              a part of the service is down; try again
     │   ├── StorageFailed        storage
     │   │   └── StorageRefused   storage: it will not serve us before a setting is changed
-    │   ├── NotMigrated          db: the tables are those of another release
+    │   ├── NotMigrated          the database has the tables of another release
     │   ├── Overloaded           the model server's queue is full
     │   └── AnswerTooSlow        the model server: an answer takes too long
     ├── JobFailure               failures: why a job failed
@@ -164,6 +164,13 @@ class Unavailable(TuneryError):
     """{part} does not answer. Nothing was lost; try again in a few seconds."""
 
     code = "unavailable"
+
+
+class NotMigrated(Unavailable):
+    """The database does not have the tables of this release ({reason}). The operator has to run `alembic upgrade head`
+    with this release; what waits then goes on."""
+
+    code = "not_migrated"
 
 
 class Overloaded(Unavailable):

@@ -1,7 +1,9 @@
 """Prometheus metrics: the state of the service, and how far runs were from their quotes."""
 
+import re
 from collections.abc import Callable
 from datetime import date, timedelta
+from pathlib import Path
 
 import pytest
 import rows
@@ -103,6 +105,37 @@ def test_every_sample_an_alert_needs_is_there_before_anything_happens(scrape: Ca
         'tunery_model_tokens_total{kind="completion"}',
     ):
         assert sample in found
+
+
+def _selectors(rules: str) -> list[tuple[str, dict[str, set[str]]]]:
+    """Returns the metrics that alert rules name, each with its matchers: the values, or the alternatives of a regex."""
+    found = re.findall(r"(tunery_\w+)\{([^}]*)\}", rules)
+    assert len(found) == rules.count("tunery_"), "a rule names a metric without labels: check that one too"
+    return [
+        (metric, {label: set(value.split("|")) for label, value in re.findall(r'(\w+)=~?"([^"]*)"', matchers)})
+        for metric, matchers in found
+    ]
+
+
+def test_the_guide_s_alerts_name_samples_that_exist(scrape: Callable[[], dict[str, float]], database: Database) -> None:
+    """Of devices there are samples only where there are devices, one for each status here."""
+    with database.sessions.begin() as session:
+        for index, host in ((0, "host"), (1, "host"), (0, "silent")):
+            device = {"device": "H200", "memory_bytes": 2**37, "bf16": True}
+            leases.show_device(session, HostDevice(id=f"{host}/{index}", host=host, gpu_index=index, **device))
+        old = func.clock_timestamp() - timedelta(minutes=6)
+        session.execute(update(HostDevice).where(HostDevice.host == "silent").values(seen_at=old))
+        rows.job(session, state=State.QUEUED)
+        rows.claim(session, gpus=(1,))
+    samples = list(scrape())
+    guide = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    rules = re.findall(r"^ +- \{alert: .*$", guide, re.MULTILINE)
+    assert len(rules) >= 8
+    for metric, matchers in _selectors("\n".join(rules)):
+        for label, values in matchers.items():
+            for value in values:
+                sample = re.compile(rf'{metric}\{{.*{label}="{value}"')
+                assert any(map(sample.match, samples)), f"{metric} has no {label} {value}"
 
 
 def test_jobs_are_counted_with_their_waits_and_times(

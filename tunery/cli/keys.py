@@ -15,7 +15,7 @@ from tunery import db, processes
 from tunery.cli import output
 from tunery.cli.client import Refused
 from tunery.cli.options import Yes, confirm, stack_home
-from tunery.errors import NotFound, TuneryError
+from tunery.errors import NotFound, NotMigrated, TuneryError
 from tunery.keys import auth, projects
 from tunery.keys.model import Key
 from tunery.keys.model import Project as ProjectRow
@@ -75,7 +75,7 @@ def _transaction(context: typer.Context) -> Iterator[Session]:
         raise Refused(message=f"There is no {error.fields['kind']} '{error.fields['id']}'.") from error
     except OperationalError as error:
         raise NoDatabase(url=_shown_url(), reason=f"{db.reason_of(error)}.") from error
-    except db.NotMigrated as error:
+    except NotMigrated as error:
         raise NoDatabase(url=_shown_url(), reason="it has not been migrated (`alembic upgrade head`).") from error
 
 
