@@ -7,6 +7,7 @@ import time
 
 from alembic import context
 from sqlalchemy import Connection, create_engine, pool, text
+from sqlalchemy.exc import OperationalError
 
 import tunery.artifacts.model
 import tunery.baselines.model
@@ -16,8 +17,9 @@ import tunery.keys.model
 import tunery.models.model
 import tunery.traffic.model
 import tunery.webhooks.model  # noqa: F401  importing is what registers the tables
-from tunery.db import Base
-from tunery.settings import settings_or_exit
+from tunery.db import Base, reason_of
+from tunery.errors import WrongSettings
+from tunery.settings import ending_if_wrong, settings_or_exit
 
 MIGRATION_LOCK = 7_214_000
 # A migration that waits for a lock makes every request behind it wait too: give up early, and let the operator retry.
@@ -51,6 +53,23 @@ def _run_alone(connection: Connection) -> None:
         connection.commit()
 
 
-url = context.config.get_main_option("sqlalchemy.url") or settings_or_exit().database_url
-with create_engine(url, poolclass=pool.NullPool).connect() as connection:
-    _run_alone(connection)
+def _migrate(url: str) -> None:
+    with create_engine(url, poolclass=pool.NullPool).connect() as connection:
+        _run_alone(connection)
+
+
+def _migrate_or_exit() -> None:
+    """Migrates TUNERY_DATABASE_URL. A database that is down, or a lock that is held, ends the command with one line."""
+    with ending_if_wrong():
+        try:
+            _migrate(settings_or_exit().database_url)
+        except OperationalError as error:
+            rest = "What was migrated before stays. Once the cause is gone, run the command again"
+            why = f"The database at TUNERY_DATABASE_URL was not migrated: {reason_of(error)}. {rest}."
+            raise WrongSettings(lines=why) from error
+
+
+if given := context.config.get_main_option("sqlalchemy.url"):
+    _migrate(given)
+else:
+    _migrate_or_exit()

@@ -153,6 +153,16 @@ def test_a_service_or_command_ends_with_status_2_and_a_line_for_each(command: tu
     assert SECRET not in ended.stdout
 
 
+def test_migrations_of_a_database_that_is_down_end_with_one_line() -> None:
+    environment = {**os.environ, "TUNERY_DATABASE_URL": f"postgresql+psycopg://tunery:{SECRET}@127.0.0.1:1/tunery"}
+    command = [sys.executable, "-m", "alembic", "upgrade", "head"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("Error: The database at TUNERY_DATABASE_URL was not migrated: connection failed: ")
+    assert SECRET not in line
+
+
 _API = ("uvicorn", "--factory", "api.main:create_app", "--port", "0")
 _WORKER = ("celery", "-A", "worker.app", "worker", "-Q", "io")
 

@@ -1,5 +1,6 @@
 """Attempts without a trainer: what is recorded from a trainer's messages, and what an attempt leaves behind."""
 
+import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -232,11 +233,15 @@ def test_uploads_take_as_long_as_those_before() -> None:
     assert pace.seconds(100_000_000) == pytest.approx(30)
 
 
-def test_a_fault_of_the_worker_is_reported_without_its_text(workshop: Workshop, lease: Lease) -> None:
+def test_a_fault_of_the_worker_is_reported_without_its_text(
+    workshop: Workshop, lease: Lease, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     workshop.settings.runs_dir.write_text("a file where a folder should be")
     attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
     job = workshop.job(lease.job_id)
     assert (job.state, job.failures) == ("queued", 1)
+    assert caplog.messages[-1] == f"attempt 1 of {job.id} has ended: crashed; the job is queued"
     (events,) = [line for line in workshop.story(job.id) if line.startswith("Training failed")]
     assert "the worker failed with NotADirectoryError" in events
     assert str(workshop.folder) not in events

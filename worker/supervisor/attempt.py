@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from tunery import db, processes
@@ -31,7 +31,7 @@ from tunery.failures import JobFailure, TrainingCrashed
 from tunery.jobs import leases, ledger, quoting
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
-from tunery.jobs.model import Job
+from tunery.jobs.model import Attempt, Job
 from tunery.models import registry
 from tunery.settings import Settings
 from tunery.storage import Storage, Stored
@@ -67,15 +67,24 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, tra
     log.info("attempt %d of %s begins in %s", lease.number, lease.job_id, run_dir)
     with LeaseKeeper(lease, settings, drain) as keeper:
         try:
-            keeper.write(_carry_out(keeper, settings, storage, run_dir, trainers))
+            end = _carry_out(keeper, settings, storage, run_dir, trainers)
+            outcome, state = keeper.write(lambda session: _end(session, lease, end))
             with suppress(OSError):
                 keeper.stop_note.unlink()
-            log.info("attempt %d of %s has ended", lease.number, lease.job_id)
+            log.info("attempt %d of %s has ended: %s; the job is %s", lease.number, lease.job_id, outcome, state)
         except LeaseLost:
             log.info("attempt %d of %s is dropped: the job moved on", lease.number, lease.job_id)
             _drop(lease)
         finally:
             clean(run_dir)
+
+
+def _end(session: Session, lease: Lease, end: FinalWrite) -> tuple[str | None, str]:
+    """Ends the attempt, and returns its outcome and the job's state for the log."""
+    end(session)
+    session.flush()
+    ended = select(Attempt.outcome).where(Attempt.job_id == lease.job_id, Attempt.number == lease.number)
+    return session.scalar(ended), str(session.scalar(select(Job.state).where(Job.id == lease.job_id)))
 
 
 def _carry_out(
