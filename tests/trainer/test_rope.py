@@ -141,6 +141,18 @@ def test_served_answer_that_grows_past_the_limit_is_that_of_whole_rows(base: Pat
         assert list(tokens.tokens()) == continuation(base, prompt, NEW_TOKENS)
 
 
+def test_served_logits_past_the_limit_are_those_of_whole_rows(base: Path) -> None:
+    model, whole = fresh(base), fresh(base)
+    ids = [3 + (7 * i) % 250 for i in range(44)]
+    stream = Alone(model, ids[:37], rope.install(model))
+
+    for end in range(37, 44):
+        with torch.no_grad():
+            wanted = whole(torch.tensor([ids[:end]]), use_cache=False).logits[0, -1]
+        assert (stream.logits() - wanted).norm() < 1e-4 * wanted.norm(), end
+        stream.push(ids[end])
+
+
 def test_lengths_at_which_frequencies_change(base: Path) -> None:
     lengths = rope.of(fresh(base))
 
