@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 Prompts = list[list[int]]
 """Token ids of each prompt."""
+_ROWS_APART: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""By model the result of `_keeps_rows_apart`, which depends on its classes alone."""
 PLAIN_BATCH = {"cpu": 16, "cuda": 96}
 """Rows that transformers answers at once. More would be faster on a large GPU, but each batch waits for its slowest
 row.
@@ -134,7 +137,48 @@ def sample(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, te
 def _generate(
     causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, **sampling: bool | float
 ) -> list[list[int]]:
-    """Generates one batch, padded at the left so that every answer starts in the same column."""
+    """Generates answers in one batch, or one after the other if a batch would change them."""
+    together = len(prompts) == 1 or _keeps_rows_apart(causal, template, prompts)
+    found: list[list[int]] = []
+    for batch in [prompts] if together else [[prompt] for prompt in prompts]:
+        out = _call(causal, template, batch, limit, **sampling)
+        found += [list(map(int, row)) for row in out[:, max(map(len, batch)) :].tolist()]
+    return found
+
+
+def _keeps_rows_apart(causal: Any, template: ChatTemplate, prompts: Prompts) -> bool:
+    """Tries whether the shortest prompt has the same logits beside the longest one, to whose length it is padded, as it
+    has alone.
+
+    The model's class does not tell: some recurrent models read padding as if it were text, whatever the mask.
+    """
+    if (known := _ROWS_APART.get(causal)) is not None:
+        return known
+    shortest, *_, longest = sorted(prompts, key=len)
+    beside, alone = (_first_logits(causal, template, batch) for batch in ([shortest, longest], [shortest]))
+    apart = True
+    for one, other in zip(beside, alone, strict=False):
+        difference = (one - other).norm() / other.norm()
+        apart &= not difference > decoder.tolerance(causal.dtype)  # NaN is no other row's fault
+        if one.argmax() != other.argmax():
+            break  # the next token's logits are those of other rows
+    if not apart:
+        log.warning("a batch changes the answers of %s: they are generated one by one", type(causal).__name__)
+    _ROWS_APART[causal] = apart
+    return apart
+
+
+def _first_logits(causal: Any, template: ChatTemplate, prompts: Prompts) -> list[torch.Tensor]:
+    """Returns the logits [vocabulary] of the first tokens of the first prompt's answer: one with a cache, one without.
+
+    An answer may end with the first.
+    """
+    out = _call(causal, template, prompts, 2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    return [logits[0].float() for logits in out.logits]
+
+
+def _call(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, **options: bool | float) -> Any:
+    """Returns what `generate` does for a batch, padded at the left so that all answers start in the same column."""
     width = max(map(len, prompts))
     # Cached keys were rotated by the frequencies of a shorter row: if those change, no cache can be used.
     changes = rope.of(causal).changes(width, width + limit)
@@ -142,7 +186,7 @@ def _generate(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=causal.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=causal.device)
     config = GenerationConfig(
-        **sampling,
+        **options,
         max_new_tokens=limit,
         eos_token_id=sorted(template.eos_ids),
         pad_token_id=pad,
@@ -152,7 +196,6 @@ def _generate(
     try:
         # Why the config is replaced: generate() takes unset options from the model's own, such as a repetition penalty.
         # Not synced: `Ranks.lockstep` keeps the ranks of a sharded model together, whatever passes they run.
-        out = causal.generate(input_ids=ids, attention_mask=mask, synced_gpus=False)
+        return causal.generate(input_ids=ids, attention_mask=mask, synced_gpus=False)
     finally:
         causal.generation_config = plain
-    return [list(map(int, row)) for row in out[:, width:].tolist()]

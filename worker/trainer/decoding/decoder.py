@@ -47,6 +47,11 @@ positions differ by more than 1.
 """
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns the relative difference up to which two passes have the same logits of that type."""
+    return _TOLERANCE.get(dtype, _ROUNDED)
+
+
 class Differs(Exception):
     """The logits of this path are not those of a plain pass."""
 
@@ -213,7 +218,7 @@ class Decoder:
             wanted = self._causal(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0].float()
             found = torch.stack((read[row], logits[row])).float()
             error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
-            if not error <= _TOLERANCE.get(logits.dtype, _ROUNDED):  # NaN too
+            if not error <= tolerance(logits.dtype):  # NaN too
                 raise Differs(f"a row's logits differ from those of a plain pass by {error:.2g} of their norm")
         self._is_verified = True
 
