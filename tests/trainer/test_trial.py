@@ -55,6 +55,14 @@ def test_small_copy_finds_what_the_zoo_states(family: str) -> None:
     assert (found["dropout"] is None) == (found["dora"] is None) == zoo.FAMILIES[family].dropout
 
 
+def test_model_whose_rows_depend_on_the_batch_is_refused() -> None:
+    """CPM-Ant attends in both directions, and places a row behind its padding."""
+    sizes = {"dim_ff": 64, "dim_head": 16, "prompt_length": 4, "prompt_types": 4}
+    found = trial.model_info(skeleton(transformers.CpmAntConfig(**zoo.SIZE | sizes)))
+
+    assert found["techniques"] == dict.fromkeys(NOTHING, "what it computes of a row depends on the rows beside it")
+
+
 def test_large_base_is_tried_on_a_copy_of_few_weights() -> None:
     narrow = trial.small_config(large(), narrow=True)
 

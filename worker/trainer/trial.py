@@ -35,6 +35,8 @@ MOST_LAYERS, MOST_TOKENS, LEAST_WIDTH = 8, 512, 256
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BYTES_A_PARAM = 16
 """Two copies of fp32 weights, and their gradients."""
+_ROUNDING = 1e-2
+"""The relative difference of logits in fp32 that the shape of a batch can make; four-bit products make the largest."""
 
 
 def model_info(model: Any) -> dict[str, Any]:
@@ -145,8 +147,10 @@ def _reason(base: Path, technique: Technique) -> str | None:
     precision = decide(technique, device.type)
     try:
         model = recipe.prepare(recipe.load_base(base, precision, device), technique, None)
-        objective = Objective(model, precision).train()
-        loss, _ = objective(collate(singles(_rows()), [[0], [1]], device), 1.0)
+        objective = Objective(model, precision)
+        if _mixes_rows(objective, device):
+            return "what it computes of a row depends on the rows beside it"
+        loss, _ = objective.train()(collate(singles(_rows()), [[0], [1]], device), 1.0)
         loss.backward()
     except (CannotAdapt, CannotQuantise) as error:
         return str(error.fields["reason"])
@@ -155,6 +159,15 @@ def _reason(base: Path, technique: Technique) -> str | None:
         return f"a training step on a small copy of it fails: {_first_line(error)}"
     learning = [p for p in objective.parameters() if p.requires_grad and p.grad is not None]
     return None if learning else "none of its weights receives a gradient"
+
+
+@torch.no_grad()
+def _mixes_rows(objective: Objective, device: torch.device) -> bool:
+    """Whether a row has other logits alone than beside a longer one: a model that is not causal reads its padding."""
+    rows = singles(_rows())
+    *_, beside = objective.eval().row_logits(collate(rows, [[0], [1]], device))
+    [alone] = objective.row_logits(collate(rows, [[1]], device))
+    return bool((beside - alone).norm() > _ROUNDING * alone.norm())
 
 
 def _first_line(error: Exception) -> str:
