@@ -1,6 +1,7 @@
 """The database: the declarative base, one engine per process, and transactions."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -78,12 +79,23 @@ def reason_of(error: Exception) -> str:
     return said.splitlines()[0].rstrip(".") if said else type(error).__name__
 
 
+def _is_ours(error: UndefinedTable | UndefinedColumn) -> bool:
+    """Whether this release has the table or column that is missing: else the statement is wrong, and stays so.
+
+    The server quotes names in its message, whatever its language, and has no field for these.
+    """
+    tables = Base.metadata.tables.values()
+    missing = isinstance(error, UndefinedTable)
+    known = {table.name for table in tables} if missing else {c.name for table in tables for c in table.columns}
+    return not known.isdisjoint(re.findall(r"\w+", error.diag.message_primary or ""))
+
+
 def _name_what_a_retry_may_fix(context: ExceptionContext) -> None:
     """Raises NotMigrated for a missing table or column, and OperationalError for connections that the server ended. The
     driver raises an InternalError (idle in a transaction), as for corrupt indexes; this way UNREACHABLE covers
     everything that a retry may fix."""
     error = context.original_exception
-    if isinstance(error, UndefinedTable | UndefinedColumn):
+    if isinstance(error, UndefinedTable | UndefinedColumn) and _is_ours(error):
         raise NotMigrated(reason=reason_of(error)) from error
     if context.is_disconnect and not isinstance(context.sqlalchemy_exception, OperationalError):
         raise OperationalError(context.statement, None, error, hide_parameters=True, connection_invalidated=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 from tunery import db
 from tunery.storage.errors import StorageFailed
@@ -71,3 +72,15 @@ def test_an_unexpected_error_keeps_its_traceback(outages: Outages, caplog: pytes
         with outages.survived("a"):
             raise ZeroDivisionError
     assert caplog.text.count("Traceback") == 2
+
+
+@pytest.mark.parametrize("statement", ["SELECT 1 FROM jbos", "SELECT stat FROM pg_class"])
+def test_a_wrong_statement_is_no_missing_migration(
+    statement: str, outages: Outages, caplog: pytest.LogCaptureFixture, postgres: Callable[[str], str]
+) -> None:
+    """No migration mends it: a run that waited for one would hold its GPU for ever."""
+    with outages.survived("a"):
+        _ask(postgres("postgres"), statement)
+    assert "Traceback" in caplog.text
+    with pytest.raises(ProgrammingError):
+        _ask(postgres("postgres"), statement)

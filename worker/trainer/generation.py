@@ -12,6 +12,7 @@ from tunery.rows.template import ChatTemplate
 from worker.trainer import rope
 from worker.trainer.decoding import decoder
 from worker.trainer.decoding.decoder import Decoder
+from worker.trainer.kernels import projections
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ Prompts = list[list[int]]
 """Token ids of each prompt."""
 _ROWS_APART: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """By model the result of `_keeps_rows_apart`, which depends on its classes alone."""
+_TRIED = 16
+"""Tokens of the row that is tried, and of its padding."""
 PLAIN_BATCH = {"cpu": 16, "cuda": 96}
 """Rows that transformers answers at once. More would be faster on a large GPU, but each batch waits for its slowest
 row.
@@ -147,25 +150,35 @@ def _generate(
 
 
 def _keeps_rows_apart(causal: Any, template: ChatTemplate, prompts: Prompts) -> bool:
-    """Tries whether the shortest prompt has the same logits beside the longest one, to whose length it is padded, as it
-    has alone.
+    """Tries whether the beginning of a prompt has the same logits beside a longer row, to whose length it is padded, as
+    it has alone. Neither depends on how long the prompts of this batch are.
 
     The model's class does not tell: some recurrent models read padding as if it were text, whatever the mask.
     """
     if (known := _ROWS_APART.get(causal)) is not None:
         return known
-    shortest, *_, longest = sorted(prompts, key=len)
-    beside, alone = (_first_logits(causal, template, batch) for batch in ([shortest, longest], [shortest]))
+    row = prompts[0][:_TRIED]
+    longer = (row * (_TRIED + 1))[: len(row) + _TRIED]
+    beside, alone = (_first_logits(causal, template, batch) for batch in ([row, longer], [row]))
+    tolerance = max(map(decoder.tolerance, _multiplied_in(causal)))
     apart = True
     for one, other in zip(beside, alone, strict=False):
         difference = (one - other).norm() / other.norm()
-        apart &= not difference > decoder.tolerance(causal.dtype)  # NaN is no other row's fault
+        apart &= not difference > tolerance  # NaN is no other row's fault
         if one.argmax() != other.argmax():
             break  # the next token's logits are those of other rows
     if not apart:
         log.warning("a batch changes the answers of %s: they are generated one by one", type(causal).__name__)
     _ROWS_APART[causal] = apart
     return apart
+
+
+def _multiplied_in(causal: Any) -> set[torch.dtype]:
+    """Returns the types in which a model multiplies: under autocast and in four bits not those of its weights."""
+    kind = causal.device.type
+    usual = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal.dtype
+    packed = (m for m in causal.modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None)
+    return {usual, *(projections.product_dtype(module) for module in packed)}
 
 
 def _first_logits(causal: Any, template: ChatTemplate, prompts: Prompts) -> list[torch.Tensor]:

@@ -111,6 +111,11 @@ _local = threading.local()
 
 def staged(source: Tensor, device: torch.device) -> Tensor:
     """Returns a copy of `source` on a GPU, made through this thread's pinned memory."""
+    with torch.cuda.device(device):  # else a thread of another GPU's rank would also take memory of the first GPU
+        return _staged(source, device)
+
+
+def _staged(source: Tensor, device: torch.device) -> Tensor:
     target = torch.empty_like(source, device=device, memory_format=torch.contiguous_format)
     if not hasattr(_local, "buffer"):
         _local.buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True)
