@@ -78,7 +78,7 @@ def test_an_unexpected_error_keeps_its_traceback(outages: Outages, caplog: pytes
 def test_a_wrong_statement_is_no_missing_migration(
     statement: str, outages: Outages, caplog: pytest.LogCaptureFixture, postgres: Callable[[str], str]
 ) -> None:
-    """No migration mends it: a run that waited for one would hold its GPU for ever."""
+    """No migration mends it: a run that waited for one would hold its GPU forever."""
     with outages.survived("a"):
         _ask(postgres("postgres"), statement)
     assert "Traceback" in caplog.text
