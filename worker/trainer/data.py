@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunery.rows import bulk, encoding, messages
+from tunery.rows import bulk, encoding, messages, readers
 from tunery.rows.messages import FileRole
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate
@@ -33,7 +32,6 @@ from worker.trainer.row import Row as Row
 from worker.trainer.row import singles as singles
 from worker.trainer.stored_rows import StoredExamples, keep, read_back, store_of
 
-_CHUNK_BYTES = 2**20
 MOST_IN_MEMORY = 2 * 10**6
 """The most tokens of a file whose rows are kept as lists, which take a hundred bytes per token."""
 
@@ -200,7 +198,7 @@ class _Lines:
 
     def read(self, path: Path, reading: bulk.Reading) -> Iterator[Block]:
         """Yields the examples. Raises InvalidTrainingFile."""
-        with path.open("rb") as file, closing(bulk.digest_rows(_chunks(file), reading, gather)) as blocks:
+        with closing(bulk.digest_rows(readers.chunks_of(path), reading, gather)) as blocks:
             for block in blocks:
                 if block.fault is not None:
                     raise block.fault
@@ -209,17 +207,12 @@ class _Lines:
                 yield block
 
 
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    return iter(lambda: file.read(_CHUNK_BYTES), b"")
-
-
 def read_parsed(
     path: Path, role: FileRole, encoder: encoding.RowEncoder = encoding.CHATS
 ) -> Iterator[tuple[int, messages.Example]]:
     """Yields the file's parsed lines with their numbers. Raises InvalidTrainingFile."""
-    with path.open("rb") as file:
-        for row in encoding.read_rows(_chunks(file), role, FileShape(encoder.columns)):
-            yield row.number, encoder.parse(row, role)
+    for row in encoding.read_rows(readers.chunks_of(path), role, FileShape(encoder.columns)):
+        yield row.number, encoder.parse(row, role)
 
 
 @lru_cache(2)  # one for the task, one for replay: each step asks for both, and a million rows take 50 ms to shuffle

@@ -1,4 +1,4 @@
-"""Decides which weights keep their own type when the others become bf16."""
+"""Decides which weights keep their own type when the others become bf16, and says in which type products are made."""
 
 import re
 from collections.abc import Callable
@@ -27,3 +27,8 @@ def keeps(model: Any) -> Keeps:
 def to_bf16(name: str, tensor: Tensor, keep: Keeps) -> Tensor:
     """Returns a floating-point weight in bf16, unless the model keeps it; integers as they are."""
     return tensor if keep(name) or not tensor.is_floating_point() else tensor.to(torch.bfloat16)
+
+
+def multiplied_in(stored: torch.dtype, kind: str) -> torch.dtype:
+    """Returns the type in which a product of tensors stored in `stored` is computed here, on a `kind` of device."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from tunery.rows.template import ChatTemplate
-from worker.trainer import rope
+from worker.trainer import dtypes, rope
 from worker.trainer.decoding import decoder
 from worker.trainer.decoding.decoder import Decoder
 from worker.trainer.kernels import projections
@@ -175,8 +175,7 @@ def _keeps_rows_apart(causal: Any, template: ChatTemplate, prompts: Prompts) -> 
 
 def _multiplied_in(causal: Any) -> set[torch.dtype]:
     """Returns the types in which a model multiplies: under autocast and in four bits not those of its weights."""
-    kind = causal.device.type
-    usual = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal.dtype
+    usual = dtypes.multiplied_in(causal.dtype, causal.device.type)
     packed = (m for m in causal.modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None)
     return {usual, *(projections.product_dtype(module) for module in packed)}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from worker.trainer import dtypes
 from worker.trainer.kernels.attention import Borders
 
 
@@ -146,9 +147,7 @@ class Cache:
 
 def _stored(part: torch.Tensor) -> torch.Tensor:
     """Returns an empty tensor of a layer's shape, in the type in which attention multiplies."""
-    kind = part.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else part.dtype
-    return part[:0, :, :0].to(dtype, copy=True)
+    return part[:0, :, :0].to(dtypes.multiplied_in(part.dtype, part.device.type), copy=True)
 
 
 def _zeros(part: torch.Tensor, slots: int, positions: int) -> torch.Tensor:
