@@ -1,9 +1,9 @@
 """Shows which kernels the steps of a job spend their time in, and how long the GPU waits for the host between them.
 
 `python -m bench.step_profile OUT.json [--shape llama3-8b] [--technique qlora] [--lengths long] [--batch 4]
-[--optimizer adamw] [--models FOLDER]`: the run is prepared in this process as a job's is, on a random checkpoint, and
-its passes are recorded if a job's would be. Steps are timed first without the profiler, which slows the host. Needs a
-GPU.
+[--packing] [--optimizer adamw] [--models FOLDER]`: the run is prepared in this process as a job's is, on a random
+checkpoint, and its passes are recorded if a job's would be. Steps are timed first without the profiler, which slows the
+host. Needs a GPU.
 """
 
 import argparse
@@ -83,13 +83,15 @@ def main() -> None:
     parser.add_argument("--technique", choices=list(TECHNIQUES), default="qlora")
     parser.add_argument("--lengths", choices=["full", "long", "real"], default="long")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--packing", action="store_true")
     parser.add_argument("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "models")
     a = parser.parse_args()
     for name, value in ENVIRONMENT.items():  # before anything is allocated
         os.environ.setdefault(name, value)
     base = make_model.ready(a.models, a.shape)
-    work = Work(a.technique, a.lengths, a.batch, WARM_UP + TIMED + PROFILED, optimizer=a.optimizer)
+    count = WARM_UP + TIMED + PROFILED
+    work = Work(a.technique, a.lengths, a.batch, count, packing=a.packing, optimizer=a.optimizer)
     found = measure(base, work)
     a.out.write_text(json.dumps({**hardware(), "shape": a.shape, **asdict(work), **found}, indent=1) + "\n")
     print(f"{found['plan']}\n{found['step_ms']} ms a step, {found['kernels_ms']} ms of kernels")

@@ -1,6 +1,6 @@
 """Compares every Triton kernel with its definition in float64, on random inputs and odd shapes: `pytest -m gpu`."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import bitsandbytes
 import pytest
@@ -133,7 +133,7 @@ def test_four_bits_are_unpacked_to_the_bit_as_bitsandbytes_does(
 
 
 @pytest.mark.parametrize("window", [None, 48])
-@pytest.mark.parametrize(("heads", "fewer", "width"), [(8, 2, 128), (9, 3, 64), (4, 4, 96)])
+@pytest.mark.parametrize(("heads", "fewer", "width"), [(8, 2, 128), (9, 3, 64), (4, 4, 32), (4, 4, 96)])
 def test_rows_attend_to_themselves_alone(heads: int, fewer: int, width: int, window: int | None) -> None:
     lengths = [70, 1, 300, 33]
     ends = [sum(lengths[:i]) for i in range(5)]
@@ -154,6 +154,28 @@ def test_rows_attend_to_themselves_alone(heads: int, fewer: int, width: int, win
     same(out, wanted)
     for tensor, reference in zip((query, key, value), copies, strict=True):
         same(tensor.grad, reference.grad, 1e-2)
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_own_kernels_take_any_number_of_rows(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_kernel", lambda: None)  # torch's, which must not be needed
+    lengths = [(5 * number) % 67 for number in range(count - 1)] + [130]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    both = drawn(sum(lengths), 8, 64)
+    query, key, value = both.split([4, 2, 2], 1)  # not contiguous, as of a projection of all three
+    copies = exact(query, key, value)
+    wanted = attention.plain(*copies, attention.Borders(ends, max(lengths)), 0.125, None)
+    grad = torch.randn_like(query)
+    references = torch.autograd.grad(wanted, copies, grad.double())
+
+    passes = []
+    for _ in range(2):
+        out = attention.rows_apart(query, key, value, attention.Borders(ends, max(lengths)), 0.125, None)
+        passes.append([out, *torch.autograd.grad(out, (query, key, value), grad)])
+
+    for found, again, reference in zip(*passes, [wanted, *references], strict=True):
+        same(found, reference, 1e-2)
+        assert torch.equal(found, again)
 
 
 def test_adamw_in_one_pass() -> None:

@@ -1,7 +1,8 @@
 """Causal attention of concatenated rows without padding, each of which sees only itself.
 
-torch's variable-length attention takes the rows' borders and computes nothing across them: no padding, no mask of
-length x length. `plain` is the definition, and runs on a CPU, for which torch has no such kernel.
+`attention_triton` has kernels for rows of common lengths; torch's variable-length attention takes all others. Both
+take the rows' borders and compute nothing across them: no padding, no mask of length x length. `plain` is the
+definition, and runs on a CPU, for which neither is.
 """
 
 import inspect
@@ -14,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+OWN_WIDTHS = frozenset({32, 64, 128})
+"""The widths of heads for which `attention_triton` has kernels: those of nearly all models."""
+OWN_LONGEST = 4096
+"""The longest row up to which they are the faster ones."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,14 @@ def plain(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
 
 
 def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, window: int | None) -> Tensor:
-    """Computes `plain`, on a CUDA device with torch's kernel. `window`: positions that a token sees, with itself."""
+    """Computes `plain`, on a CUDA device with kernels. `window`: positions that a token sees, with itself."""
     if not query.is_cuda:
         return plain(query, key, value, borders, scale, window)
+    assert borders.ends is not None
+    if window is None and _is_own(query, borders):
+        from worker.trainer.kernels import attention_triton  # only with a CUDA device: a CPU build has no Triton
+
+        return attention_triton.rows_apart(query, key, value, borders.ends, scale)
     found = _kernel()
     assert found is not None
     kernel, known = found
@@ -74,6 +85,10 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
     return out
 
 
+def _is_own(query: Tensor, borders: Borders) -> bool:
+    return borders.key_ends is None and query.shape[-1] in OWN_WIDTHS and borders.longest <= OWN_LONGEST
+
+
 def _key_ends(borders: Borders) -> Tensor:
     ends = borders.ends if borders.key_ends is None else borders.key_ends
     assert ends is not None
@@ -81,7 +96,7 @@ def _key_ends(borders: Borders) -> Tensor:
 
 
 def available(width: int, window: int | None) -> bool:
-    """Whether torch's kernel supports heads of this width and this window, on a CUDA device."""
+    """Whether there are kernels for heads of this width and this window, on a CUDA device."""
     found = _kernel()
     return found is not None and width <= 256 and width % 8 == 0 and (window is None or "window_size" in found[1])
 
