@@ -86,7 +86,8 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
 
 
 def _is_own(query: Tensor, borders: Borders) -> bool:
-    return borders.key_ends is None and query.shape[-1] in OWN_WIDTHS and borders.longest <= OWN_LONGEST
+    fits = query.shape[-1] in OWN_WIDTHS and query.dtype != torch.float32  # products of which would be rounded to TF32
+    return fits and borders.key_ends is None and borders.longest <= OWN_LONGEST
 
 
 def _key_ends(borders: Borders) -> Tensor:
