@@ -19,6 +19,7 @@ from tunery.spec import Lora
 from worker.trainer import cuda_graphs, run
 from worker.trainer.cuda_graphs import SCALE, CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Row, collate, singles
+from worker.trainer.kernels import attention
 from worker.trainer.kernels import experts as grouped
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.recorded_update import RecordedUpdate
@@ -85,6 +86,16 @@ def test_only_the_first_shape_of_concatenated_rows_is_warmed_up(objective: Objec
     batches = [rows_of(60, 20), rows_of(50, 30), rows_of(120, 20), rows_of(120, 25), rows_of(200, 20)]
 
     assert tried(objective, Again(), batches) == [0, 1, 2, 2, 3]
+
+
+def test_shapes_with_other_kernels_are_warmed_up_too(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are loaded for so many rows, and those of long rows are others: none can be loaded in a recording."""
+    many = [rows_of(60, *[3] * 70), rows_of(60, *[3] * 70), rows_of(60, *[7] * 70)]
+    assert tried(objective, Again(), [rows_of(60, 20), rows_of(50, 30), *many]) == [0, 1, 1, 2, 3]
+
+    monkeypatch.setattr(attention, "OWN_LONGEST", 256)
+    long = [rows_of(400, 9), rows_of(400, 9)]
+    assert tried(objective, Again(), [rows_of(60, 20), rows_of(50, 30), *long]) == [0, 1, 1, 2]
 
 
 def test_each_shape_of_rows_beside_each_other_is_warmed_up(objective: Objective) -> None:

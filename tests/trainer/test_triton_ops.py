@@ -159,10 +159,10 @@ def test_rows_attend_to_themselves_alone(heads: int, fewer: int, width: int, win
 @pytest.mark.parametrize("count", [1, 64, 65, 200])
 def test_own_kernels_take_any_number_of_rows(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_kernel", lambda: None)  # torch's, which must not be needed
-    lengths = [(5 * number) % 67 for number in range(count - 1)] + [130]
+    lengths = [(5 * number) % 67 for number in range(count - 1)] + [700]
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
-    both = drawn(sum(lengths), 8, 64)
-    query, key, value = both.split([4, 2, 2], 1)  # not contiguous, as of a projection of all three
+    both = drawn(sum(lengths), 10, 64)
+    query, key, value = both.split([6, 2, 2], 1)  # not contiguous, as of a projection of all three
     copies = exact(query, key, value)
     wanted = attention.plain(*copies, attention.Borders(ends, max(lengths)), 0.125, None)
     grad = torch.randn_like(query)

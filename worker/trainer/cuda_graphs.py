@@ -17,7 +17,7 @@ from tunery.planning.expected import OVERLAPPED, most_recorded
 from worker.trainer import experts, rope
 from worker.trainer.data import Batch
 from worker.trainer.decoding.graphs import CudaRecorder, Recorder
-from worker.trainer.kernels import accumulation
+from worker.trainer.kernels import accumulation, attention
 from worker.trainer.kernels import experts as grouped
 from worker.trainer.memory import release, shortage_noticed
 from worker.trainer.objective import Objective, all_and_trainable
@@ -57,8 +57,8 @@ class CudaGraphs:
         """Returns the method's sums over a batch, "loss" scaled by SCALE, and accumulates the gradient, scaled too.
 
         The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured. Of
-        concatenated rows, whose kernels are the same for any number of tokens, only the first shape is warmed up. A
-        batch that is too large to gain from it always runs eagerly.
+        concatenated rows, whose kernels are the same for any number of tokens, only the first shape is warmed up of
+        those with the same kernels. A batch that is too large to gain from it always runs eagerly.
         """
         if batch.input_ids.numel() > self._most:
             return forward_backward(self._objective, batch, SCALE)
@@ -108,7 +108,8 @@ class CudaGraphs:
         """Whether batches of this shape can be captured: not before their kernels have been loaded."""
         if key in self._seen or self.failed:
             return not self.failed
-        return not self._each_warms_up and _has_ends(key) and any(map(_has_ends, self._recorded))
+        own = _kernels(key)
+        return not self._each_warms_up and own is not None and own in map(_kernels, self._recorded)
 
     def _record(self, key: tuple[object, ...], batch: Batch) -> None:
         """Captures a pass over batches of this shape without running it. If that fails, nothing more is captured, or,
@@ -194,9 +195,14 @@ def _shape(batch: Batch) -> tuple[object, ...]:
     return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest
 
 
-def _has_ends(key: tuple[object, ...]) -> bool:
-    """Whether a key of `_shape` is that of concatenated rows."""
-    return key[3] is not None
+def _kernels(key: tuple[object, ...]) -> tuple[bool, int] | None:
+    """Returns the same for keys of `_shape` whose concatenated rows have the same kernels; None for padded rows."""
+    ends, longest = key[3:]
+    return (
+        attention.kernels(ends.numel() - 1, longest)
+        if isinstance(ends, torch.Size) and isinstance(longest, int)
+        else None
+    )
 
 
 def _copy(source: Batch, target: Batch) -> None:

@@ -18,8 +18,10 @@ from torch.nn import functional
 
 OWN_WIDTHS = frozenset({32, 64, 128})
 """The widths of heads for which `attention_triton` has kernels: those of nearly all models."""
-OWN_LONGEST = 4096
-"""The longest row up to which they are the faster ones."""
+OWN_LONGEST = 8192
+"""The longest row up to which they are faster, or as fast within 5 %: of longer ones they are not."""
+_FEW_ROWS = 64
+"""The rows for which kernels are compiled at least, or each power of two of them would be compiled between steps."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,16 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
 def _is_own(query: Tensor, borders: Borders) -> bool:
     fits = query.shape[-1] in OWN_WIDTHS and query.dtype != torch.float32  # products of which would be rounded to TF32
     return fits and borders.key_ends is None and borders.longest <= OWN_LONGEST
+
+
+def room(rows: int) -> int:
+    """Returns for how many rows, at least `rows`, kernels are compiled."""
+    return max(_FEW_ROWS, 1 << (rows - 1).bit_length())
+
+
+def kernels(rows: int, longest: int) -> tuple[bool, int]:
+    """Returns the same for batches whose rows are attended to by the same kernels of one model."""
+    return longest <= OWN_LONGEST, room(rows)
 
 
 def _key_ends(borders: Borders) -> Tensor:

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.trainer.kernels import attention
+
 BLOCK, INNER = 64, 32
 """Queries, or keys, of a program, and those that it reads at a time: larger blocks have more beyond a row's end."""
-_FEW_ROWS = 64
-"""The rows for which kernels are compiled at least, or each power of two of them would be compiled between steps."""
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -74,7 +74,7 @@ def _given(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
     assert all(part.stride(2) == 1 for part in parts)
     rows = len(ends) - 1
     strides = (stride for part in parts for stride in part.stride()[:2])
-    sizes = query.shape[1] // key.shape[1], max(_FEW_ROWS, triton.next_power_of_2(rows)), query.shape[2]
+    sizes = query.shape[1] // key.shape[1], attention.room(rows), query.shape[2]
     return ends, scale, len(query), rows, *strides, *sizes, BLOCK, INNER
 
 
