@@ -198,11 +198,9 @@ def _shape(batch: Batch) -> tuple[object, ...]:
 def _kernels(key: tuple[object, ...]) -> tuple[bool, int] | None:
     """Returns the same for keys of `_shape` whose concatenated rows have the same kernels; None for padded rows."""
     ends, longest = key[3:]
-    return (
-        attention.kernels(ends.numel() - 1, longest)
-        if isinstance(ends, torch.Size) and isinstance(longest, int)
-        else None
-    )
+    if not isinstance(ends, torch.Size) or not isinstance(longest, int):
+        return None
+    return attention.kernels(ends.numel() - 1, longest)
 
 
 def _copy(source: Batch, target: Batch) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 OWN_WIDTHS = frozenset({32, 64, 128})
 """The widths of heads for which `attention_triton` has kernels: those of nearly all models."""
 OWN_LONGEST = 8192
-"""The longest row up to which they are faster, or as fast within 5 %: of longer ones they are not."""
+"""The longest row up to which they are faster, or as fast within 5 %; longer ones have not been measured."""
 _FEW_ROWS = 64
 """The rows for which kernels are compiled at least, or each power of two of them would be compiled between steps."""
 
